@@ -1,0 +1,1518 @@
+"""Document Lifecycle API: takes PDF and DOCX files, stores them, processes them in the background, serves the result.
+
+    POST   /auth/login               user name and password for an access and a refresh token
+    POST   /auth/refresh             a refresh token for a new pair; each works once
+    POST   /auth/logout              ends the session
+    POST   /documents/upload         one multipart part `file`
+    GET    /documents                the caller's, newest first
+    GET    /documents/{id}           one of them
+    GET    /documents/{id}/file      the stored bytes
+    DELETE /documents/{id}
+    POST   /documents/{id}/process   starts one run, however often it is called
+    GET    /documents/{id}/status    ?wait=S answers when processing ends
+    GET    /documents/{id}/result
+    GET    /healthz, /readyz
+
+This is the only room that knows HTTP, the environment and the log. It is written in the order of a request's way.
+"""
+import argparse
+import asyncio
+import base64
+import contextlib
+import errno
+import functools
+import getpass
+import hashlib
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import select
+import signal
+import sqlite3
+import struct
+import sys
+import threading
+import time
+import traceback
+import unicodedata
+import uuid
+import zipfile
+import zlib
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from datetime import datetime, timezone
+from http import HTTPStatus
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, BinaryIO, Literal, NoReturn, TypeVar, cast
+from urllib.parse import parse_qsl, quote, urlencode
+from xml.parsers import expat
+
+import uvicorn
+from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import StreamingResponse
+from fastapi.security import OAuth2PasswordBearer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import auth
+from db import Database, Document, KeyReused, QueueFull, RunLost, Status, UnusableDatabase, User
+from storage import LocalStorage, Storage, Writer, fsync_folder
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+# Settings
+
+
+class UnusableSetting(Exception):
+    """A setting has a bad value; the text names it and says what it wants, never the value."""
+
+
+class Settings(BaseModel, frozen=True):
+    """Each is read from the environment as `DOCS_` and its name in capitals."""
+
+    data_dir: Path = Path("data")
+    jwt_secret: str | None = Field(None, repr=False)
+    admin_username: str = Field("admin", min_length=1, max_length=128)
+    admin_password: str | None = Field(None, min_length=1, max_length=1024, repr=False)
+    access_token_seconds: int = Field(900, ge=1, le=86400)
+    refresh_token_seconds: int = Field(604800, ge=1, le=30 * 86400)
+    max_upload_bytes: int = Field(52428800, ge=1, le=2**40)
+    upload_idle_seconds: float = Field(30, gt=0, le=3600)
+    process_workers: int = Field(4, ge=1, le=256)
+    process_seconds: float = Field(2, ge=0, le=3600)
+    lease_seconds: float = Field(15, ge=0.5, le=3600)
+    max_attempts: int = Field(3, ge=1, le=100)
+    max_queue: int = Field(10000, ge=1, le=10**6)
+    shutdown_seconds: float = Field(10, ge=0, le=3600)
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> "Settings":
+        names = {f"DOCS_{field.upper()}": field for field in cls.model_fields}
+        try:
+            settings = cls.model_validate({field: environment[name] for name, field in names.items()
+                                           if name in environment})
+        except ValidationError as error:
+            raise UnusableSetting("; ".join(
+                f"DOCS_{str(problem['loc'][0]).upper()}: {problem['msg']}" for problem in error.errors())) from None
+        if settings.jwt_secret is not None and len(settings.jwt_secret.encode(errors="surrogateescape")) < 32:
+            raise UnusableSetting("DOCS_JWT_SECRET: should have at least 32 bytes")
+        return settings
+
+
+# Logging
+
+log = logging.getLogger("documents")
+request_id_of_context: ContextVar[str | None] = ContextVar("request_id", default=None)
+
+
+def log_event(event: str, level: int = logging.INFO, *, failure: BaseException | None = None, **fields: Any) -> None:
+    log.log(level, event, exc_info=failure, extra={"fields": fields})
+
+
+LINE_LIMIT = 4096  # what a Linux pipe takes whole (PIPE_BUF, pipe(7))
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line, in ASCII, shorter than LINE_LIMIT: of texts that are too long it keeps the end."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry: dict[str, Any] = {
+            "timestamp": datetime.fromtimestamp(record.created, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+            "level": record.levelname,
+            "logger": record.name,
+            "event": record.getMessage(),
+        }
+        if request_id := request_id_of_context.get():
+            entry["request_id"] = request_id
+        entry.update(getattr(record, "fields", {}))
+        if record.exc_info and (failure := record.exc_info[1]):
+            # An exception's text can hold what a client sent; its type and stack can't. Nor do these two quote values.
+            entry["error"] = type(failure).__name__
+            if isinstance(failure, (OSError, sqlite3.Error)):
+                entry["error"] += f": {failure}"
+            entry["stack"] = "".join(traceback.format_tb(failure.__traceback__))
+        line, longest = json.dumps(entry, default=str), LINE_LIMIT
+        while len(line) >= LINE_LIMIT:
+            longest //= 2
+            line = json.dumps({
+                key: "..." + value[-longest:] if isinstance(value, str) and len(value) > longest else value
+                for key, value in entry.items()}, default=str)
+        return line
+
+
+class StdoutHandler(logging.Handler):
+    """Writes each line with one call, so those of several workers never mix, and drops lines while nobody reads, so
+    a stuck log reader can't stop the service. The next line that gets through counts the lost ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(JsonFormatter())
+        self._lost = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if sys.stdout is None:  # closed before the start
+            return
+        if self._lost:
+            record.fields = {**getattr(record, "fields", {}), "lines_lost_before": self._lost}
+        try:
+            line = self.format(record).encode() + b"\n"
+            output = sys.stdout.fileno()
+            writable = os.name != "posix" or select.select([], [output], [], 0 if self._lost else 1)[1]
+            if writable and os.write(output, line) == len(line):
+                self._lost = 0
+                return
+        except (OSError, ValueError):
+            pass  # nowhere left to say it
+        self._lost += 1
+
+
+def set_log_level(level: str) -> None:
+    logging.getLogger().setLevel(level)
+    for handler in logging.getLogger().handlers:  # uvicorn's loggers have a level of their own
+        if isinstance(handler, StdoutHandler):
+            handler.setLevel(level)
+
+
+def configure_logging() -> None:
+    """Takes over uvicorn's loggers, which have handlers of their own and don't propagate. Done when the app is made,
+    not when it starts, since uvicorn logs before that; a root logger that is configured already is left alone."""
+    logging.basicConfig(handlers=[StdoutHandler()], level=logging.INFO)
+    logging.getLogger("uvicorn").handlers.clear()
+    logging.getLogger("uvicorn").propagate = True
+    access = logging.getLogger("uvicorn.access")  # the `request` event says it better, and without the query
+    access.handlers.clear()
+    access.propagate = False
+
+
+# Models: what is sent and received
+
+
+class Credentials(BaseModel):
+    username: str = Field(min_length=1, max_length=128)
+    password: str = Field(min_length=1, max_length=1024, json_schema_extra={"format": "password"})
+    grant_type: Literal["password"] = "password"
+
+
+class RefreshToken(BaseModel):
+    refresh_token: str = Field(min_length=1, max_length=8192)
+    grant_type: Literal["refresh_token"] = "refresh_token"
+
+
+class Example(BaseModel):
+    """A model whose fields carry the examples of the OpenAPI document."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+
+class Tokens(Example):
+    access_token: str = Field(examples=["eyJhbGciOiJIUzI1NiIsInR5cCI6ImF0K2p3dCJ9.e30.c2ln"])
+    token_type: Literal["bearer"] = "bearer"
+    expires_in: int = Field(examples=[900], description="seconds")
+    refresh_token: str = Field(examples=["eyJhbGciOiJIUzI1NiIsInR5cCI6InJ0K2p3dCJ9.e30.c2ln"])
+    refresh_expires_in: int = Field(examples=[604800], description="seconds")
+
+
+class DocumentOut(Example):
+    document_id: uuid.UUID = Field(examples=["5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11"])
+    filename: str = Field(examples=["report.pdf"])
+    media_type: str = Field(examples=["application/pdf"])
+    size: int = Field(examples=[80100], description="bytes")
+    sha256: str = Field(examples=["9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"])
+    status: Status = Field(examples=["UPLOADED"])
+    created_at: str = Field(examples=["2026-01-31T12:00:00.000000Z"], json_schema_extra={"format": "date-time"})
+    updated_at: str = Field(examples=["2026-01-31T12:00:00.000000Z"], json_schema_extra={"format": "date-time"})
+
+
+class ProcessingError(Example):
+    code: str = Field(examples=["damaged_document"])
+    message: str = Field(examples=["The PDF has no end-of-file marker."])
+    retryable: bool = Field(examples=[False])
+
+
+class StatusOut(Example):
+    document_id: uuid.UUID = Field(examples=["5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11"])
+    status: Status = Field(examples=["PROCESSING"])
+    progress: int = Field(ge=0, le=100, examples=[40])
+    message: str = Field(examples=["extracting text"])
+    attempts: int = Field(examples=[1])
+    request_id: str | None = Field(examples=["8f14e45f"], description="of the request that started the run")
+    created_at: str = Field(examples=["2026-01-31T12:00:00.000000Z"], json_schema_extra={"format": "date-time"})
+    updated_at: str = Field(examples=["2026-01-31T12:00:01.000000Z"], json_schema_extra={"format": "date-time"})
+    started_at: str | None = Field(examples=["2026-01-31T12:00:01.000000Z"])
+    finished_at: str | None = Field(examples=[None])
+    error: ProcessingError | None = Field(examples=[None], description="only when FAILED")
+
+
+class ResultOut(Example):
+    document_id: uuid.UUID = Field(examples=["5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11"])
+    status: Status = Field(examples=["COMPLETED"])
+    completed_at: str = Field(examples=["2026-01-31T12:00:03.000000Z"], json_schema_extra={"format": "date-time"})
+    result: Any = Field(examples=[{"summary": "A simulated summary of report.pdf."}])
+
+
+class Health(Example):
+    status: Literal["ok"] = "ok"
+
+
+class ProblemOut(BaseModel):
+    """RFC 9457. `code` is stable, for programs; `detail` is for people."""
+
+    title: str
+    status: int
+    detail: str
+    code: str
+    request_id: str
+    errors: list[dict[str, Any]] | None = Field(None, description="of a 422: loc and msg of each, never the input")
+    error: Any = Field(None, description="OAuth 2 error code of a failed login; why processing failed")
+    error_description: str | None = None
+
+
+# Errors: every one that a client can see
+
+
+PROBLEMS: dict[str, tuple[int, str]] = {
+    "malformed_body": (400, "The multipart body is malformed."),
+    "missing_token": (401, "Send an access token in the Authorization header: Bearer <token>."),
+    "invalid_token": (401, "The access token is invalid, has expired, or its session has ended."),
+    "invalid_grant": (401, "Wrong user name or password."),
+    "not_found": (404, "There is nothing here for you."),
+    "file_missing": (404, "The stored file of this document is gone."),
+    "method_not_allowed": (405, "This path does not take this method."),
+    "upload_timeout": (408, "The client was silent for too long."),
+    "not_processed": (409, "Processing has not been started."),
+    "still_processing": (409, "Processing has not ended yet."),
+    "processing_failed": (409, "Processing has failed."),
+    "too_large": (413, "The body is too large."),
+    "unsupported_media_type": (415, "Only PDF and DOCX files, in multipart/form-data."),
+    "validation_error": (422, "The request has parameters or fields that can't be used: see errors."),
+    "idempotency_key_reused": (422, "This Idempotency-Key was used for another file."),
+    "too_many_attempts": (429, "Too many failed logins. Try again later."),
+    "queue_full": (429, "Too many documents wait for processing. Try again later."),
+    "internal_error": (500, "Something went wrong here. The log knows more, under this request_id."),
+    "unavailable": (503, "The database or the file store can't be used right now. Try again later."),
+    "shutting_down": (503, "The server is shutting down. Try again."),
+    "insufficient_storage": (507, "There is no space left to store this."),
+}
+CODE_OF_STATUS = {status: code for code, (status, _) in reversed(PROBLEMS.items())}
+BEARER = {"WWW-Authenticate": "Bearer"}
+BAD_BEARER = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
+SOON = {"Retry-After": "1"}
+
+
+class Problem(Exception):
+    """An answer that is an error: a code of PROBLEMS, with headers and members of its own."""
+
+    def __init__(self, code: str, detail: str | None = None, headers: Mapping[str, str] | None = None,
+                 **members: Any) -> None:
+        super().__init__(code)
+        self.code, self.detail, self.headers, self.members = code, detail, headers, members
+
+
+def problem_response(problem: Problem) -> Response:
+    status, detail = PROBLEMS[problem.code]
+    content = {
+        "title": HTTPStatus(status).phrase, "status": status, "detail": problem.detail or detail,
+        "code": problem.code, "request_id": request_id_of_context.get(), **problem.members}
+    return Response(json.dumps(content), status, problem.headers, "application/problem+json")
+
+
+def invalid(msg: str, *loc: str | int) -> Problem:
+    return Problem("validation_error", errors=[{"loc": loc, "msg": msg}])
+
+
+def problem_of(request: Request, failure: Exception) -> Problem:
+    """The one table from exceptions to answers."""
+    match failure:
+        case Problem():
+            return failure
+        case RequestValidationError() | ValidationError():
+            return Problem("validation_error", errors=[
+                {"loc": error["loc"], "msg": error["msg"]} for error in failure.errors()])
+        case HTTPException(status_code=405):
+            methods = {method for route in router.routes if isinstance(route, Route)
+                       and route.path_regex.match(request.scope["path"]) for method in route.methods or ()}
+            return Problem("method_not_allowed", headers={"Allow": ", ".join(sorted(methods or {"GET", "HEAD"}))})
+        case HTTPException():
+            return Problem(CODE_OF_STATUS.get(failure.status_code, "internal_error"), headers=failure.headers)
+        case OSError() | sqlite3.Error():
+            full = (failure.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if isinstance(failure, OSError)
+                    else getattr(failure, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL)
+            log_event("storage_error", logging.ERROR, failure=failure)
+            return Problem("insufficient_storage") if full else Problem("unavailable", headers=SOON)
+    raise failure
+
+
+async def answer_problem(request: Request, failure: Exception) -> Response:
+    return problem_response(problem_of(request, failure))
+
+
+def answers(*codes: str, **headers: str) -> dict[int | str, dict[str, Any]]:
+    """The error answers of a route for the OpenAPI document."""
+    documented: dict[int | str, dict[str, Any]] = {}
+    for code in (*codes, "internal_error", "unavailable"):
+        status, detail = PROBLEMS[code]
+        answer = documented.setdefault(status, {
+            "description": HTTPStatus(status).phrase,
+            "content": {"application/problem+json": {
+                "schema": {"$ref": "#/components/schemas/ProblemOut"}, "examples": {}}}})
+        answer["content"]["application/problem+json"]["examples"][code] = {"value": {
+            "title": HTTPStatus(status).phrase, "status": status, "detail": detail, "code": code,
+            "request_id": "8f14e45f"}}
+    return documented
+
+
+class RequestMiddleware:
+    """What holds for every request: its id, its line in the log, nosniff, and the last-resort 500."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, short_startup_failure(send))
+        start, status = time.perf_counter(), 0
+        request = Request(scope)
+        request_id = request.headers.get("x-request-id", "")
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", request_id):
+            request_id = str(uuid.uuid4())
+        request_id_of_context.set(request_id)
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode()),
+                                      (b"x-content-type-options", b"nosniff")]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_headers)
+        except ClientDisconnect:
+            status = 499  # nobody is left to answer; what nginx logs
+        except asyncio.CancelledError:  # uvicorn, when the grace of a shutdown is over
+            if status:
+                raise
+            closing = Problem("shutting_down", headers={**SOON, "Connection": "close"})
+            await problem_response(closing)(scope, receive, send_with_headers)
+        except Exception as failure:
+            log_event("unhandled_error", logging.ERROR, failure=failure)
+            if status:
+                raise
+            await problem_response(Problem("internal_error"))(scope, receive, send_with_headers)
+        finally:
+            log_event("request", method=request.method, path=scope["path"], status=status,
+                      duration_ms=round(1000 * (time.perf_counter() - start), 3), client=client_address(request),
+                      user=scope.get("state", {}).get("username"))
+
+
+def short_startup_failure(send: Send) -> Send:
+    """Starlette tells the server the whole traceback of what stopped the start; its last line is for people."""
+    async def send_short(message: Message) -> None:
+        if message["type"] == "lifespan.startup.failed":
+            message["message"] = message["message"].strip().rpartition("\n")[2]
+        await send(message)
+    return send_short
+
+
+def client_address(request: Request) -> str:
+    """uvicorn believes the X-Forwarded-For of any client on the loopback, unless FORWARDED_ALLOW_IPS says whom to
+    trust. A made-up address must neither dodge the throttle nor lock another address out."""
+    host = request.client.host if request.client else "unknown"
+    forwarded = ",".join(request.headers.getlist("x-forwarded-for"))
+    return "unverified" if host in forwarded and "FORWARDED_ALLOW_IPS" not in os.environ else host
+
+
+# Dependencies
+
+
+class Service:
+    """What the routes work with; made by the lifespan, found in `request.state.service`."""
+
+    def __init__(self, settings: Settings, storage: Storage | None, pipeline: "Pipeline | None") -> None:
+        """Whatever it raises stops the start."""
+        self.settings = settings
+        folder = settings.data_dir
+        prepare_folder(folder)
+        secret = settings.jwt_secret or secret_file(folder / "jwt-secret")
+        self.signer = auth.TokenSigner(secret.encode(errors="surrogateescape"))
+        self.storage = storage or LocalStorage(folder / "files")
+        self.db = Database(folder / "documents.db")
+        self.passwords = ThreadPoolExecutor(2, "password")  # so that scrypt takes its memory twice at most
+        self.worker = Worker(self.db, self.storage, pipeline or functools.partial(
+            simulated_pipeline, seconds=settings.process_seconds), settings)
+        self.watch = Watch(self.db)
+        self.exit_by: float | None = None  # monotonic
+        self._ready_until = 0.0
+        if not self.db.has_users():
+            self._add_first_user()
+
+    def _add_first_user(self) -> None:
+        name, file = self.settings.admin_username, self.settings.data_dir / "initial-password"
+        password = self.settings.admin_password or secret_file(file)
+        if self.db.add_first_user(name, auth.hash_password(password)).result():
+            where = "DOCS_ADMIN_PASSWORD" if self.settings.admin_password else str(file)
+            log_event("first_user_added", user=name, password_is_in=where)
+
+    async def check_writable(self) -> None:
+        """OSError or sqlite3.Error when documents can't be taken. That they can is believed for a second."""
+        if time.monotonic() > self._ready_until:
+            await run_in_threadpool(self.storage.check)
+            await asyncio.wrap_future(self.db.check())
+            self._ready_until = time.monotonic() + 1
+
+    def begin_exit(self) -> None:
+        """On the signal: no new runs, no more long polls; what runs has its grace from now on."""
+        if self.exit_by is None:
+            self.exit_by = time.monotonic() + self.settings.shutdown_seconds
+            self.worker.stop_claiming()
+            self.watch.close()
+
+    def close(self) -> bool:
+        """Whether all threads have come to their end; those of a pipeline that doesn't look up can't be stopped."""
+        self.begin_exit()
+        idle = self.worker.stop(self.exit_by or 0.0)
+        self.passwords.shutdown(wait=False, cancel_futures=True)
+        self.db.close()
+        return idle
+
+
+def prepare_folder(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(PermissionError):  # a mounted volume of another owner stays as its operator made it
+        folder.chmod(0o700)
+    fsync_folder(folder.parent)
+
+
+def secret_file(path: Path) -> str:
+    """The secret in this file; made first when there is none. Of several processes at once, one makes it."""
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    with contextlib.suppress(FileExistsError):
+        if not path.exists():
+            with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(secrets.token_urlsafe(32))
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                os.link(draft, path)
+            finally:
+                draft.unlink()
+            fsync_folder(path.parent)
+    return path.read_text().strip()
+
+
+async def get_service(request: Request) -> Service:
+    service: Service = request.state.service
+    return service
+
+
+ServiceOf = Annotated[Service, Depends(get_service)]
+bearer = OAuth2PasswordBearer("auth/login", refreshUrl="auth/refresh", auto_error=False)
+
+
+async def get_current_user(request: Request, service: ServiceOf, token: Annotated[str | None, Depends(bearer)]) -> User:
+    if token is None:
+        raise Problem("missing_token", headers=BEARER)
+    if len(request.headers.getlist("authorization")) > 1:
+        raise Problem("invalid_token", "Send one Authorization header.", headers=BAD_BEARER)
+    try:
+        claims = service.signer.verify(auth.ACCESS, token)
+    except auth.InvalidToken:
+        raise Problem("invalid_token", headers=BAD_BEARER) from None
+    user = service.db.session_user(claims.session_id)
+    if user is None:
+        raise Problem("invalid_token", headers=BAD_BEARER)
+    request.state.username = user.username
+    return user
+
+
+CurrentUser = Annotated[User, Depends(get_current_user)]
+
+
+async def get_document(document_id: uuid.UUID, user: CurrentUser, service: ServiceOf) -> Document:
+    """The caller's document. Somebody else's is as unknown as one that never was."""
+    return found(service.db.document(str(document_id), user.user_id))
+
+
+def found(document: Document | None) -> Document:
+    if document is None:
+        raise Problem("not_found")
+    return document
+
+
+OwnDocument = Annotated[Document, Depends(get_document)]
+
+
+# Bodies
+
+
+async def body_chunks(request: Request, limit: int, idle_seconds: float) -> AsyncIterator[bytes]:
+    """The body as it comes. Problem: too_large, before the first byte when the length is declared; upload_timeout."""
+    if int(request.headers.get("content-length", 0)) > limit:
+        raise Problem("too_large")
+    size, stream = 0, request.stream()
+    while True:
+        try:
+            async with asyncio.timeout(idle_seconds):
+                chunk = await anext(stream, b"")
+        except TimeoutError:
+            raise Problem("upload_timeout", headers={"Connection": "close"}) from None
+        if not chunk:
+            return
+        size += len(chunk)
+        if size > limit:
+            raise Problem("too_large")
+        yield chunk
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+async def read_fields(request: Request, service: Service, model: type[Model]) -> Model:
+    """A small body, JSON or an HTML form, as this model; ValidationError when it does not fit."""
+    media_type, _ = parse_options_header(request.headers.get("content-type"))
+    if media_type not in (b"application/json", b"application/x-www-form-urlencoded"):
+        raise Problem("unsupported_media_type", "Send application/json or application/x-www-form-urlencoded.")
+    chunks = body_chunks(request, SMALL_BODY, service.settings.upload_idle_seconds)
+    body = b"".join([chunk async for chunk in chunks])
+    if media_type == b"application/json":
+        return model.model_validate_json(body)
+    try:
+        pairs = parse_qsl(body.decode(), keep_blank_values=True, errors="strict", max_num_fields=20)
+    except ValueError:
+        raise invalid("The form can't be read.", "body") from None
+    if len(dict(pairs)) < len(pairs):
+        raise invalid("A field is there twice.", "body")
+    return model.model_validate(dict(pairs))
+
+
+SMALL_BODY = 65536  # bytes: also what a multipart body may have around its file
+FLUSH_SIZE = 16384  # bytes of a file that are worth a thread and a write
+PDF = "application/pdf"
+DOCX = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
+MEDIA_TYPES = {".pdf": PDF, ".docx": DOCX}
+
+
+class Upload:
+    """The one file of a multipart body on its way into the storage: parsed, checked, hashed and written as it comes.
+
+    `feed` runs on the event loop, `flush` and `finish` in a thread. Whatever ends it early, `close` leaves no trace.
+    """
+
+    def __init__(self, request: Request, service: Service, key: str) -> None:
+        media_type, options = parse_options_header(request.headers.get("content-type"))
+        if media_type != b"multipart/form-data":
+            raise Problem("unsupported_media_type", "Send multipart/form-data with a part named file.")
+        self.filename = self.media_type = ""
+        self.size, self.max_size = 0, service.settings.max_upload_bytes
+        self.sha256 = hashlib.sha256()
+        self._storage, self._key = service.storage, key
+        self._writer: Writer | None = None
+        self._head = b""
+        self._known = False  # that the content begins as its type does
+        self._pending: list[bytes] = []
+        self._parts, self._in_file, self._ended = 0, False, False
+        self._header, self._value, self._disposition = b"", b"", b""
+        try:
+            if not options.get(b"boundary"):
+                raise FormParserError("no boundary")
+            self._parser = MultipartParser(options[b"boundary"], {
+                "on_part_begin": self._on_part_begin, "on_header_field": self._on_header_field,
+                "on_header_value": self._on_header_value, "on_header_end": self._on_header_end,
+                "on_headers_finished": self._on_headers_finished, "on_part_data": self._on_part_data,
+                "on_end": self._on_end}, max_header_size=SMALL_BODY)
+        except FormParserError:
+            raise Problem("malformed_body", "The Content-Type has no usable boundary.") from None
+
+    def feed(self, chunk: bytes) -> bool:
+        """Takes a piece of the body; whether it is time for a `flush`."""
+        try:
+            self._parser.write(chunk)
+        except FormParserError:
+            raise Problem("malformed_body") from None
+        if self.size > self.max_size:
+            raise Problem("too_large", f"The file is larger than {self.max_size} bytes.")
+        self._check_start(complete=False)
+        return self._known and (self._writer is not None or self.size >= FLUSH_SIZE) and bool(self._pending)
+
+    def _on_part_begin(self) -> None:
+        self._parts += 1
+        if self._parts > 16:
+            raise Problem("malformed_body", "More than 16 parts.")
+        self._in_file, self._header, self._disposition = False, b"", b""
+
+    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header += data[start:end]
+
+    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _on_header_end(self) -> None:
+        if self._header.lower() == b"content-disposition":
+            self._disposition = self._value
+        self._header = self._value = b""
+
+    def _on_headers_finished(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        if options.get(b"name") != b"file":
+            return
+        if self.filename:
+            raise invalid("There are two parts named file.", "body", "file")
+        self._in_file = True
+        self.filename = shown_filename(options.get(b"filename", b"").decode(errors="replace"))
+        if not self.filename:
+            raise invalid("The part named file has no filename.", "body", "file")
+        suffix = Path(self.filename).suffix.lower()
+        if suffix not in MEDIA_TYPES:
+            raise Problem("unsupported_media_type", "The filename has to end in .pdf or .docx.")
+        self.media_type = MEDIA_TYPES[suffix]
+
+    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._in_file:
+            piece = data[start:end]
+            self.size += len(piece)
+            self._pending.append(piece)
+            if not self._known:
+                self._head = (self._head + piece)[:1024]
+
+    def _on_end(self) -> None:
+        self._ended = True
+
+    def _check_start(self, complete: bool) -> None:
+        if self._known or not self._head:
+            return
+        if self.media_type == PDF:
+            self._known, decided = b"%PDF-" in self._head, len(self._head) == 1024
+        else:
+            self._known, decided = self._head.startswith(b"PK\x03\x04"), len(self._head) >= 8
+        if decided and self._head.startswith(OLE_MAGIC):
+            raise Problem("unsupported_media_type", "This Office file is encrypted (or of the old .doc format).")
+        if (decided or complete) and not self._known:
+            raise Problem("unsupported_media_type", "The content is not what the extension says.")
+
+    def flush(self) -> None:
+        if self._writer is None:
+            self._writer = self._storage.create(self._key)
+        for piece in self._pending:
+            self.sha256.update(piece)
+            self._writer.write(piece)
+        self._pending.clear()
+
+    def finish(self) -> None:
+        """After the return the file is safely stored, or a Problem has said why not."""
+        if not self._ended:
+            raise Problem("malformed_body", "The multipart body is not closed.")
+        if not self.filename:
+            raise invalid("There is no part named file.", "body", "file")
+        if not self.size:
+            raise invalid("The file is empty.", "body", "file")
+        self._check_start(complete=True)
+        self.flush()
+        assert self._writer is not None
+        self._writer.commit()
+        if self.media_type == DOCX:
+            try:
+                with self._storage.open(self._key) as file:
+                    check_is_docx(file)
+            except Problem:
+                self._storage.delete(self._key)
+                raise
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.__exit__(None, None, None)
+
+
+def shown_filename(name: str) -> str:
+    """For show only: no folders, no control or direction-changing characters, NFC, at most 255 bytes."""
+    name = re.split(r"[/\\]", name)[-1]
+    name = re.sub("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]", "", name)
+    name = unicodedata.normalize("NFC", name).strip()
+    stem, dot, extension = name.rpartition(".")
+    if not dot or len(extension) > 16:
+        return name.encode()[:255].decode(errors="ignore")
+    stem = stem.encode()[:255 - len((dot + extension).encode())].decode(errors="ignore")
+    return (stem or "document") + dot + extension
+
+
+# Formats
+
+OLE_MAGIC = bytes.fromhex("d0cf11e0a1b11ae1")
+PACKAGE = "http://schemas.openxmlformats.org/package/2006/content-types"
+MAX_ENTRIES = 10_000
+MAX_DIRECTORY = 2 * 2**20  # bytes, for 10,000 entries; also of [Content_Types].xml
+MAX_UNPACKED = 512 * 2**20  # bytes of a whole document
+
+
+class UnreadableDocument(Exception):
+    """The text says why, for people."""
+
+
+class BoundedReads:
+    """A file for `zipfile`, which else takes a directory of whatever size the file claims into memory."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.tell, self.seekable = file, file.tell, file.seekable
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        try:
+            return self._file.seek(offset, whence)
+        except (OSError, ValueError, OverflowError) as error:
+            raise zipfile.BadZipFile("seek outside of the file") from error
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(MAX_DIRECTORY + 1 if size < 0 else min(size, MAX_DIRECTORY + 1))
+        if len(data) > MAX_DIRECTORY:
+            raise zipfile.BadZipFile("more than a DOCX needs at once")
+        return data
+
+
+@contextlib.contextmanager
+def open_docx(file: BinaryIO) -> Iterator[zipfile.ZipFile]:
+    """The ZIP archive; UnreadableDocument for whatever is wrong with it, also inside of the `with` block."""
+    try:
+        with zipfile.ZipFile(cast(BinaryIO, BoundedReads(file))) as archive:
+            if len(archive.infolist()) > MAX_ENTRIES:
+                raise UnreadableDocument(f"The ZIP archive has more than {MAX_ENTRIES} entries.")
+            if any(entry.flag_bits & 1 for entry in archive.infolist()):
+                raise UnreadableDocument("The ZIP archive is encrypted.")
+            if any(entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+                   for entry in archive.infolist()):  # zipfile unpacks the other methods without a bound
+                raise UnreadableDocument("The ZIP archive uses a compression that a DOCX can't have.")
+            yield archive
+    except (zipfile.BadZipFile, zlib.error, expat.ExpatError, EOFError, ValueError, OverflowError, LookupError,
+            struct.error, RuntimeError) as error:  # all that zipfile and expat are known to raise on hostile input
+        raise UnreadableDocument("The content is not a readable DOCX (ZIP) file.") from error
+
+
+def check_is_docx(file: BinaryIO) -> None:
+    """Problem unless it is a ZIP whose [Content_Types].xml declares a WordprocessingML main part (ECMA-376-2)."""
+    try:
+        with open_docx(file) as archive:
+            found = [entry for entry in archive.infolist() if entry.filename.lower() == "[content_types].xml"]
+            if len(found) != 1:
+                raise UnreadableDocument("A DOCX has one [Content_Types].xml.")
+            with archive.open(found[0]) as entry:
+                xml = entry.read(MAX_DIRECTORY + 1)
+            if len(xml) > MAX_DIRECTORY:
+                raise UnreadableDocument("[Content_Types].xml is too large.")
+            declared = content_types(xml)
+    except UnreadableDocument as error:
+        raise Problem("unsupported_media_type", str(error)) from None
+    if f"{DOCX}.main+xml" not in declared:
+        raise Problem("unsupported_media_type", "This Office file is not a Word document (DOCX).")
+    if any("macroenabled" in declaration or "vbaproject" in declaration for declaration in declared):
+        raise Problem("unsupported_media_type", "Documents with macros are not accepted.")
+
+
+def content_types(xml: bytes) -> set[str]:
+    declared = set()
+
+    def on_element(name: str, attributes: dict[str, str]) -> None:
+        if name in (f"{PACKAGE} Default", f"{PACKAGE} Override"):
+            declared.add(attributes.get("ContentType", "").partition(";")[0].strip().lower())
+
+    def on_doctype(*_: object) -> NoReturn:  # OPC forbids DTDs; without one there are no entities to expand
+        raise UnreadableDocument("[Content_Types].xml has a DTD.")
+
+    parser = expat.ParserCreate(namespace_separator=" ")
+    parser.StartElementHandler = on_element
+    parser.StartDoctypeDeclHandler = on_doctype
+    parser.Parse(xml, True)
+    return declared
+
+
+def check_is_whole(file: BinaryIO, media_type: str) -> None:
+    """UnreadableDocument when a PDF has no end-of-file marker, or an entry of a DOCX fails its checksum."""
+    if media_type == PDF:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1024))
+        if b"%%EOF" not in file.read():
+            raise UnreadableDocument("The PDF has no end-of-file marker.")
+        return
+    unpacked = 0
+    with open_docx(file) as archive:
+        for info in archive.infolist():
+            with archive.open(info) as entry:  # checks the CRC when it comes to the end
+                while data := entry.read(65536):
+                    unpacked += len(data)
+                    if unpacked > MAX_UNPACKED:
+                        raise UnreadableDocument(f"The DOCX unpacks to more than {MAX_UNPACKED} bytes.")
+
+
+# Processing
+
+Progress = Callable[[int, str], None]
+Pipeline = Callable[[BinaryIO, Document, Progress], Any]
+
+
+class ProcessingFailed(Exception):
+    """What a pipeline raises to say what went wrong and whether trying again can help."""
+
+    def __init__(self, code: str, message: str, retryable: bool) -> None:
+        super().__init__(code)
+        self.code, self.message, self.retryable = code, message, retryable
+
+
+def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *, seconds: float) -> Any:
+    """Stands where OCR and a language model will: checks that the file is whole, takes its time, makes up a result.
+
+    A pipeline gets the open file, the document, and `progress(percent, message)`, to be called between its steps: it
+    raises RunLost when the run has to end. It returns what JSON can hold; whatever it raises makes FAILED.
+    """
+    try:
+        check_is_whole(file, document.media_type)
+    except UnreadableDocument as error:
+        raise ProcessingFailed("damaged_document", str(error), retryable=False) from error
+    steps = ("extracting text", "recognizing layout", "classifying", "summarizing")
+    for number, step in enumerate(steps):
+        progress(100 * number // len(steps), step)
+        time.sleep(seconds / len(steps))
+    return {
+        "document_type": "PDF" if document.media_type == PDF else "Word",
+        "summary": f"A simulated summary of {document.filename}.",
+        "keywords": ["simulated", "document", "lifecycle"],
+        "source": {"size": document.size, "sha256": document.sha256},
+    }
+
+
+class Worker:
+    """Runs queued documents in a thread pool, and keeps the leases of those runs from one more thread.
+
+    The queue is the database's, shared by all processes. `wake` only says that something waits; the keeper looks
+    by itself too, so nothing depends on the process that queued it.
+    """
+
+    def __init__(self, db: Database, storage: Storage, pipeline: Pipeline, settings: Settings) -> None:
+        self._db, self._storage, self._pipeline, self._settings = db, storage, pipeline, settings
+        self._pool = ThreadPoolExecutor(settings.process_workers, "worker")
+        self._keeper = threading.Thread(target=self._keep, name="keeper", daemon=True)
+        self._changed = threading.Condition()  # guards what follows
+        self._run_ids: set[str] = set()
+        self._unstarted = 0  # claimers in the pool that have not looked yet
+        self._stopping = False
+        self._stopped = threading.Event()
+
+    def start(self) -> None:
+        self._keeper.start()
+
+    def wake(self) -> None:
+        """Something waits. A claimer that has not looked yet will see it, so one a thread is enough."""
+        with self._changed:
+            if self._unstarted < self._settings.process_workers and not self._stopping:
+                self._unstarted += 1
+                self._pool.submit(self._claim_all)
+
+    def stop_claiming(self) -> None:
+        with self._changed:
+            self._stopping = True
+
+    def stop(self, deadline: float) -> bool:
+        """Lets running jobs finish until `deadline` (monotonic), then hands them back. Whether all threads are idle."""
+        self.stop_claiming()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._run_ids, max(0.0, deadline - time.monotonic()))
+            run_ids = list(self._run_ids)
+        try:
+            for document in self._db.hand_back(run_ids).result():
+                self._log("process_requeued", document, attempt=document.attempts + 1)
+        except sqlite3.Error as failure:  # their leases will run out
+            log_event("storage_error", logging.ERROR, failure=failure)
+        self._stopped.set()
+        self._keeper.join()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        return not run_ids
+
+    def _claim_all(self) -> None:
+        with self._changed:
+            self._unstarted -= 1
+        while self._claim_one():
+            pass
+
+    def _claim_one(self) -> bool:
+        run_id = uuid.uuid4().hex
+        with self._changed:
+            if self._stopping:
+                return False
+            self._run_ids.add(run_id)  # before the claim, so that `stop` misses none
+        try:
+            document = self._db.claim(run_id).result()
+            if document is None:
+                return False
+            request_id_of_context.set(document.request_id)
+            self._run(run_id, document)
+        except sqlite3.Error as failure:  # what can't be written now is tried again when the lease has run out
+            log_event("storage_error", logging.ERROR, failure=failure)
+            return False
+        finally:
+            request_id_of_context.set(None)
+            with self._changed:
+                self._run_ids.discard(run_id)
+                self._changed.notify_all()
+        return True
+
+    def _run(self, run_id: str, document: Document) -> None:
+        document_id, start = document.document_id, time.monotonic()
+        self._log("process_started", document)
+        try:
+            try:
+                result = self._call_pipeline(run_id, document)
+            except ProcessingFailed as failure:
+                self._db.fail(run_id, document_id, failure.code, failure.message, failure.retryable).result()
+                self._log("process_failed", document, start, failure=failure.__cause__, error=failure.code)
+            else:
+                self._db.complete(run_id, document_id, result).result()
+                self._log("process_completed", document, start)
+        except RunLost:  # deleted, taken over or handed back: whoever did that has logged it
+            pass
+
+    def _call_pipeline(self, run_id: str, document: Document) -> str:
+        """The result as JSON, or ProcessingFailed; RunLost."""
+        def progress(percent: int, message: str) -> None:
+            if self._stopped.is_set():
+                raise RunLost
+            self._db.progress(run_id, document.document_id, max(0, min(int(percent), 99)), message).result()
+
+        try:
+            file = self._storage.open(document.document_id)
+        except FileNotFoundError as failure:
+            raise ProcessingFailed("file_missing", "The stored file is gone.", False) from failure
+        try:
+            with file:
+                result = json.dumps(self._pipeline(file, document, progress), allow_nan=False, ensure_ascii=False)
+            result.encode()  # no lone surrogates
+            return result
+        except (RunLost, ProcessingFailed):
+            raise
+        except BaseException as failure:  # the pipeline's: even its sys.exit makes FAILED
+            reason = f"The pipeline raised {type(failure).__name__}."
+            raise ProcessingFailed("pipeline_error", reason, retryable=True) from failure
+
+    def _keep(self) -> None:
+        interval = min(1.0, self._settings.lease_seconds / 4)
+        while not self._stopped.wait(interval):
+            with self._changed:
+                run_ids = list(self._run_ids)
+            try:
+                ended, waiting = self._db.keep(
+                    run_ids, self._settings.lease_seconds, self._settings.max_attempts).result()
+            except sqlite3.Error as failure:
+                log_event("storage_error", logging.ERROR, failure=failure)
+                continue
+            for document in ended:
+                if document.status == Status.FAILED:
+                    self._log("process_failed", document, error="interrupted")
+                else:
+                    self._log("process_requeued", document)
+            for _ in range(min(waiting, self._settings.process_workers)):
+                self.wake()
+
+    @staticmethod
+    def _log(event: str, document: Document, start: float | None = None, *, attempt: int | None = None,
+             failure: BaseException | None = None, **fields: Any) -> None:
+        if start is not None:
+            fields["duration_ms"] = round(1000 * (time.monotonic() - start), 3)
+        log_event(event, logging.INFO, failure=failure, request_id=document.request_id,
+                  document_id=document.document_id, attempt=attempt or document.attempts, **fields)
+
+
+class Watch:
+    """Long polls wait here: one task looks whether anything was committed, by whatever process, and wakes them."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+        self._waiting: dict[str, set[asyncio.Event]] = {}
+        self._somebody = asyncio.Event()
+        self.closing = False
+
+    @contextlib.contextmanager
+    def of(self, document_id: str) -> Iterator[asyncio.Event]:
+        """An event that is set when the document is no longer PROCESSING, or the server shuts down."""
+        event = asyncio.Event()
+        self._waiting.setdefault(document_id, set()).add(event)
+        self._somebody.set()
+        if self.closing:
+            event.set()
+        try:
+            yield event
+        finally:
+            self._waiting[document_id].discard(event)
+            if not self._waiting[document_id]:
+                del self._waiting[document_id]
+
+    async def run(self) -> None:
+        seen = -1
+        while True:
+            await self._somebody.wait()
+            await asyncio.sleep(0.05)
+            version = self._db.version()
+            if version != seen:
+                self._wake(self._db.not_processing(list(self._waiting)))
+            seen = version
+            if not self._waiting:
+                self._somebody.clear()
+
+    def close(self) -> None:
+        self.closing = True
+        self._wake(list(self._waiting))
+
+    def _wake(self, document_ids: list[str]) -> None:
+        for document_id in document_ids:
+            for event in self._waiting.get(document_id, ()):
+                event.set()
+
+
+# Routes
+
+router = APIRouter()
+SIGNED_IN = ("missing_token", "invalid_token")
+SESSION_SECONDS = 30 * 86400
+
+
+def form_or_json(model: type[BaseModel]) -> dict[str, Any]:
+    """The request body of `read_fields` for the OpenAPI document."""
+    content = {"schema": model.model_json_schema()}
+    return {"requestBody": {"required": True, "content": {
+        "application/x-www-form-urlencoded": content, "application/json": content}}}
+
+
+def sign_tokens(service: Service, response: Response, user_id: str, session_id: str, jti: str,
+                session_end: float) -> Tokens:
+    """`session_end` and the ends of both tokens: seconds since the epoch."""
+    now, settings = time.time(), service.settings
+    access_end = min(now + settings.access_token_seconds, session_end)
+    refresh_end = min(now + settings.refresh_token_seconds, session_end)
+    response.headers["Cache-Control"] = "no-store"
+    return Tokens(
+        access_token=service.signer.issue(
+            auth.ACCESS, auth.Claims(user_id, session_id, str(uuid.uuid4())), access_end),
+        expires_in=round(access_end - now),
+        refresh_token=service.signer.issue(auth.REFRESH, auth.Claims(user_id, session_id, jti), refresh_end),
+        refresh_expires_in=round(refresh_end - now))
+
+
+def invalid_grant(detail: str) -> Problem:
+    """RFC 6749, 5.2, in the same words whatever was wrong."""
+    return Problem("invalid_grant", detail, BEARER, error="invalid_grant", error_description=detail)
+
+
+@router.post("/auth/login", tags=["auth"], response_model=Tokens, openapi_extra=form_or_json(Credentials),
+             responses=answers("invalid_grant", "upload_timeout", "too_large", "unsupported_media_type",
+                               "validation_error", "too_many_attempts"))
+async def login(request: Request, response: Response, service: ServiceOf) -> Tokens:
+    """Exchanges user name and password for an access and a refresh token (OAuth 2 password grant)."""
+    credentials = await read_fields(request, service, Credentials)
+    db, name, client = service.db, credentials.username, client_address(request)
+    wait = db.throttled_for(name, client)
+    if not wait:
+        user = db.user(name)
+        correct = await asyncio.get_running_loop().run_in_executor(
+            service.passwords, auth.verify_password, credentials.password, user.password_hash if user else None)
+        if user and correct:
+            session_id, jti, end = str(uuid.uuid4()), str(uuid.uuid4()), time.time() + SESSION_SECONDS
+            outcome = await asyncio.wrap_future(db.login_succeeded(user, client, session_id, jti, end))
+            if outcome == 0:
+                request.state.username = name
+                log_event("login_succeeded", user=name, client=client)
+                return sign_tokens(service, response, user.user_id, session_id, jti, end)
+            wait = outcome or 0.0
+        else:
+            wait = await asyncio.wrap_future(db.login_failed(name, client))
+    log_event("login_throttled" if wait else "login_failed", logging.WARNING, user=name, client=client)
+    if wait:
+        raise Problem("too_many_attempts", headers={"Retry-After": str(math.ceil(wait))})
+    raise invalid_grant("Wrong user name or password.")
+
+
+@router.post("/auth/refresh", tags=["auth"], response_model=Tokens, openapi_extra=form_or_json(RefreshToken),
+             responses=answers("invalid_grant", "upload_timeout", "too_large", "unsupported_media_type",
+                               "validation_error"))
+async def refresh(request: Request, response: Response, service: ServiceOf) -> Tokens:
+    """Exchanges a refresh token for two new tokens. Using one twice ends the session (RFC 9700, 4.14.2)."""
+    sent = await read_fields(request, service, RefreshToken)
+    refused = invalid_grant("The refresh token is invalid, expired, revoked or was used before.")
+    try:
+        claims = service.signer.verify(auth.REFRESH, sent.refresh_token)
+    except auth.InvalidToken:
+        raise refused from None
+    jti = str(uuid.uuid4())
+    end, username = await asyncio.wrap_future(service.db.rotate(claims.session_id, claims.jti, jti))
+    if end is None:
+        if username:
+            log_event("token_reused", logging.WARNING, user=username, client=client_address(request))
+        raise refused
+    request.state.username = username
+    return sign_tokens(service, response, claims.user_id, claims.session_id, jti, end)
+
+
+@router.post("/auth/logout", tags=["auth"], status_code=204, response_class=Response, openapi_extra=form_or_json(RefreshToken),
+             responses=answers("upload_timeout", "too_large", "unsupported_media_type", "validation_error"))
+async def logout(request: Request, service: ServiceOf) -> None:
+    """Ends the session: its access and refresh tokens stop working at once."""
+    sent = await read_fields(request, service, RefreshToken)
+    with contextlib.suppress(auth.InvalidToken):  # 204 all the same (RFC 7009, 2.2)
+        claims = service.signer.verify(auth.REFRESH, sent.refresh_token, allow_expired=True)
+        if username := await asyncio.wrap_future(service.db.end_session(claims.session_id)):
+            log_event("logged_out", user=username, client=client_address(request))
+
+
+@router.post("/documents/upload", tags=["documents"], status_code=201, response_model=DocumentOut,
+             openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {
+                 "type": "object", "required": ["file"],
+                 "properties": {"file": {"type": "string", "format": "binary", "description": "PDF or DOCX"}}}}}}},
+             responses=answers(*SIGNED_IN, "malformed_body", "upload_timeout", "too_large", "unsupported_media_type",
+                               "validation_error", "idempotency_key_reused", "insufficient_storage"))
+async def upload(request: Request, response: Response, user: CurrentUser, service: ServiceOf,
+                 idempotency_key: Annotated[str | None, Header(pattern=r"^[!-~]{1,128}$")] = None) -> Document:
+    """Stores a PDF or DOCX. After the 201 it survives a crash or a power loss.
+
+    With an `Idempotency-Key` a repeated upload answers the first document again.
+    """
+    document_id = str(uuid.uuid4())
+    incoming = Upload(request, service, document_id)
+    try:
+        limit = service.settings.max_upload_bytes + SMALL_BODY
+        async for chunk in body_chunks(request, limit, service.settings.upload_idle_seconds):
+            if incoming.feed(chunk):
+                await run_in_threadpool(incoming.flush)
+        await run_in_threadpool(incoming.finish)
+    finally:
+        await run_in_threadpool(incoming.close)
+    try:
+        document = await asyncio.wrap_future(service.db.add_document(
+            document_id, user.user_id, incoming.filename, incoming.media_type, incoming.size,
+            incoming.sha256.hexdigest(), idempotency_key))
+    except KeyReused:
+        await run_in_threadpool(service.storage.delete, document_id)
+        raise Problem("idempotency_key_reused") from None
+    # After any other failure the file stays: a commit that failed may yet be found done after a crash. If it isn't,
+    # the sweep takes the file.
+    if document.document_id == document_id:
+        log_event("uploaded", document_id=document_id, size=document.size, media_type=document.media_type)
+    else:
+        await run_in_threadpool(service.storage.delete, document_id)
+        response.headers["Idempotency-Replayed"] = "true"
+    response.headers["Location"] = f"/documents/{document.document_id}"
+    return document
+
+
+@router.get("/documents", tags=["documents"], response_model=list[DocumentOut],
+            responses=answers(*SIGNED_IN, "validation_error"))
+async def list_documents(response: Response, user: CurrentUser, service: ServiceOf,
+                         limit: Annotated[int, Query(ge=1, le=200)] = 50, status: Status | None = None,
+                         cursor: Annotated[str | None, Query(max_length=256)] = None) -> list[Document]:
+    """The caller's documents, newest first. `Link: <...>; rel="next"` leads to the next page (RFC 8288)."""
+    documents = service.db.documents(user.user_id, limit + 1, status, read_cursor(cursor) if cursor else None)
+    if len(documents) > limit:
+        last = documents[limit - 1]
+        following = base64.urlsafe_b64encode(f"{last.created_at} {last.document_id}".encode()).decode()
+        query = {"limit": limit, **({"status": status.value} if status else {}), "cursor": following}
+        response.headers["Link"] = f'</documents?{urlencode(query)}>; rel="next"'
+    return documents[:limit]
+
+
+def read_cursor(cursor: str) -> tuple[str, str]:
+    try:
+        created_at, document_id = base64.urlsafe_b64decode(cursor).decode().split(" ")
+        datetime.fromisoformat(created_at), uuid.UUID(document_id)
+        return created_at, document_id
+    except ValueError:
+        raise invalid("Use the cursor of a Link header, unchanged.", "query", "cursor") from None
+
+
+@router.get("/documents/{document_id:uuid}", tags=["documents"], response_model=DocumentOut,
+            responses=answers(*SIGNED_IN, "not_found"))
+async def get_one(document: OwnDocument) -> Document:
+    return document
+
+
+@router.get("/documents/{document_id:uuid}/file", tags=["documents"], response_class=StreamingResponse, responses={
+    200: {"description": "The stored bytes", "content": {
+        media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in (PDF, DOCX)}},
+    304: {"description": "Not Modified"}, **answers(*SIGNED_IN, "not_found", "file_missing")})
+async def get_file(document: OwnDocument, service: ServiceOf,
+                   if_none_match: Annotated[str | None, Header()] = None) -> Response:
+    """The stored bytes, with the SHA-256 as ETag."""
+    etag = f'"{document.sha256}"'
+    if if_none_match and re.search(rf'(^|,)\s*(\*|(W/)?{etag})\s*(,|$)', if_none_match):
+        return Response(status_code=304, headers={"ETag": etag})
+    try:
+        file = await run_in_threadpool(service.storage.open, document.document_id)
+    except FileNotFoundError:
+        raise Problem("file_missing") from None
+
+    async def chunks() -> AsyncIterator[bytes]:
+        with file:
+            while data := await run_in_threadpool(file.read, 262144):
+                yield data
+
+    plain, quoted = re.sub(r'[^ -~]|["\\%]', "_", document.filename), quote(document.filename, safe="")
+    return StreamingResponse(chunks(), headers={
+        "Content-Type": document.media_type, "Content-Length": str(document.size), "ETag": etag,
+        "Content-Disposition": f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quoted}"})
+
+
+@router.delete("/documents/{document_id:uuid}", tags=["documents"], status_code=204, response_class=Response,
+               responses=answers(*SIGNED_IN, "not_found"))
+async def delete(document_id: uuid.UUID, user: CurrentUser, service: ServiceOf) -> None:
+    """Removes the document, also while it is being processed."""
+    if not await asyncio.wrap_future(service.db.delete(str(document_id), user.user_id)):
+        raise Problem("not_found")
+    log_event("deleted", document_id=str(document_id))
+    try:
+        await run_in_threadpool(service.storage.delete, str(document_id))
+    except OSError as failure:  # the document is gone, and its file will be with the next sweep
+        log_event("storage_error", logging.ERROR, failure=failure)
+
+
+@router.post("/documents/{document_id:uuid}/process", tags=["processing"], status_code=202, response_model=StatusOut,
+             responses={200: {"description": "COMPLETED already: the result stands", "model": StatusOut},
+                        **answers(*SIGNED_IN, "not_found", "queue_full")})
+async def process(document_id: uuid.UUID, response: Response, user: CurrentUser, service: ServiceOf) -> StatusOut:
+    """Starts processing an UPLOADED or FAILED document. Idempotent: however many calls come, one run starts."""
+    try:
+        document = found(await asyncio.wrap_future(service.db.enqueue(
+            str(document_id), user.user_id, request_id_of_context.get() or "", service.settings.max_queue)))
+    except QueueFull:
+        raise Problem("queue_full", headers=SOON) from None
+    if document.status == Status.COMPLETED:
+        response.status_code = 200
+    else:
+        service.worker.wake()
+        response.headers["Location"] = f"/documents/{document_id}/status"
+        response.headers["Retry-After"] = "1"
+    return status_of(document)
+
+
+def status_of(document: Document) -> StatusOut:
+    error = ProcessingError.model_validate_json(document.error) if document.error else None
+    return StatusOut.model_validate({**vars(document), "error": error})
+
+
+@router.get("/documents/{document_id:uuid}/status", tags=["processing"], response_model=StatusOut,
+            responses=answers(*SIGNED_IN, "not_found", "validation_error"))
+async def get_status(document: OwnDocument, user: CurrentUser, response: Response, service: ServiceOf,
+                     wait: Annotated[float, Query(ge=0, le=30, description="seconds")] = 0) -> StatusOut:
+    """Where the document stands. With `wait` it answers as soon as PROCESSING ends, else after that time."""
+    if wait and document.status == Status.PROCESSING:
+        with service.watch.of(document.document_id) as ended, contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait):
+                await ended.wait()
+        document = found(service.db.document(document.document_id, user.user_id))
+    if document.status == Status.PROCESSING:
+        response.headers["Retry-After"] = "1"
+    return status_of(document)
+
+
+@router.get("/documents/{document_id:uuid}/result", tags=["processing"], response_model=ResultOut,
+            responses=answers(*SIGNED_IN, "not_found", "not_processed", "still_processing", "processing_failed"))
+async def get_result(document: OwnDocument, service: ServiceOf) -> dict[str, Any]:
+    """What the pipeline made of a COMPLETED document."""
+    match document.status:
+        case Status.UPLOADED:
+            raise Problem("not_processed")
+        case Status.PROCESSING:
+            raise Problem("still_processing", headers=SOON)
+        case Status.FAILED:
+            raise Problem("processing_failed", error=json.loads(document.error or "null"))
+    result = service.db.result(document.document_id)
+    if result is None:  # deleted a moment ago
+        raise Problem("not_found")
+    return {"document_id": document.document_id, "status": document.status, "completed_at": document.finished_at,
+            "result": json.loads(result)}
+
+
+@router.get("/healthz", tags=["health"], response_model=Health, responses=answers())
+async def healthz() -> Health:
+    return Health()
+
+
+@router.get("/readyz", tags=["health"], response_model=Health, responses=answers())
+async def readyz(service: ServiceOf) -> Health:
+    """Whether documents can be taken: writes to the database and to the file store, at most once a second."""
+    try:
+        await service.check_writable()
+    except (OSError, sqlite3.Error) as failure:
+        log_event("storage_error", logging.ERROR, failure=failure)
+        raise Problem("unavailable", headers=SOON) from None
+    return Health()
+
+
+# The application
+
+DESCRIPTION = """Takes PDF and DOCX files, stores them, processes them in the background and serves the result.
+
+**Try it:** Authorize with user `admin` and the password in `data/initial-password`, upload a file, start `process`,
+ask for `status?wait=10`, then for the `result`."""
+
+
+class Api(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """FastAPI's, with the schema of our errors in place of its own."""
+        document = super().openapi()
+        schemas = document["components"]["schemas"]
+        for name in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(name, None)
+        schemas["ProblemOut"] = ProblemOut.model_json_schema()
+        for path in document["paths"].values():
+            for operation in path.values():
+                if "application/json" in operation["responses"].get("422", {}).get("content", {}):
+                    del operation["responses"]["422"]
+        return document
+
+
+def create_app(settings: Settings | None = None, *, storage: Storage | None = None,
+               pipeline: Pipeline | None = None) -> FastAPI:
+    """The service. Settings are those of the environment at the start, storage is the local disk in the data
+    directory, and the pipeline is the simulated one, unless given here."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
+        used = settings or Settings.from_environment(os.environ)
+        set_log_level(used.log_level)
+        raise_open_files_limit()
+        service = Service(used, storage, pipeline)
+        service.worker.start()
+        tasks = [asyncio.create_task(service.watch.run()), asyncio.create_task(sweep(service))]
+        with exit_signals(service) as under_uvicorn:
+            yield {"service": service}
+            for task in tasks:
+                task.cancel()
+            if not await run_in_threadpool(service.close) and under_uvicorn:
+                # After Ctrl-C Python would wait for the threads of the pool, however long their pipeline takes.
+                last_resort = threading.Timer(1, os._exit, [0])
+                last_resort.daemon = True
+                last_resort.start()
+
+    configure_logging()
+    application = Api(
+        title="Document Lifecycle API", version="1.0.0", description=DESCRIPTION, lifespan=lifespan,
+        redirect_slashes=False, redoc_url=None, exception_handlers={
+            kind: answer_problem for kind in (Problem, RequestValidationError, ValidationError, HTTPException, OSError,
+                                              sqlite3.Error)})
+    application.add_middleware(RequestMiddleware)
+    application.include_router(router)
+    return application
+
+
+@contextlib.contextmanager
+def exit_signals(service: Service) -> Iterator[bool]:
+    """uvicorn tells of a shutdown only once the last connection has ended, and waits for that without a limit. So
+    hear the signal together with uvicorn, and give its connections the grace that jobs have. Whether it is there."""
+    loop, heard = asyncio.get_running_loop(), {}
+
+    def chain(number: int, handler: Callable[[int, FrameType | None], None]) -> None:
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            loop.call_soon_threadsafe(service.begin_exit)
+            handler(number, frame)
+        signal.signal(number, on_signal)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler: Any = signal.getsignal(number)
+            server = getattr(handler, "__self__", None)
+            if isinstance(server, uvicorn.Server):
+                if server.config.timeout_graceful_shutdown is None:
+                    server.config.timeout_graceful_shutdown = math.ceil(service.settings.shutdown_seconds)
+                heard[number] = handler
+                chain(number, handler)
+    try:
+        yield bool(heard)
+    finally:
+        for number, handler in heard.items():
+            signal.signal(number, handler)
+
+
+async def sweep(service: Service) -> None:
+    """Removes files without a document, of uploads and deletes that a crash cut short: at the start, and once more
+    when those are old enough that were too young then. An upload writes or ends within the idle time; ten of them
+    are more than its last fsync and commit can take."""
+    age = 10 * service.settings.upload_idle_seconds
+    for pause in (0.0, age):
+        await asyncio.sleep(pause)
+        try:
+            await run_in_threadpool(remove_orphans, service, age)
+        except (OSError, sqlite3.Error) as failure:
+            log_event("storage_error", logging.ERROR, failure=failure)
+
+
+def remove_orphans(service: Service, age: float) -> None:
+    keys = service.storage.keys(age)
+    while some := list(itertools.islice(keys, 1000)):
+        for key in service.db.unknown(some).result():
+            service.storage.delete(key)
+            log_event("orphan_removed", key=key)
+
+
+def raise_open_files_limit() -> None:
+    """An upload takes two descriptors; the usual soft limit of 1,024 would end at 500 of them."""
+    if resource:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line: users. The server is `uvicorn main:app`."""
+    parser = argparse.ArgumentParser(prog="main.py", description="Users of the Document Lifecycle API.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("add-user", help="add a user, or set a new password").add_argument("name")
+    commands.add_parser("remove-user", help="remove a user and that user's documents").add_argument("name")
+    chosen = parser.parse_args(arguments)
+    try:
+        settings = Settings.from_environment(os.environ)
+        credentials = Credentials(username=chosen.name, password=(
+            read_password() if chosen.command == "add-user" else "-"))
+        prepare_folder(settings.data_dir)
+        db = Database(settings.data_dir / "documents.db")
+        try:
+            if chosen.command == "add-user":
+                db.set_user(credentials.username, auth.hash_password(credentials.password)).result()
+                print(f"{chosen.name} can log in now.")
+                return 0
+            documents = db.remove_user(credentials.username).result()
+        finally:
+            db.close()
+        if documents is None:
+            raise LookupError(f"There is no user {chosen.name}.")
+        storage = LocalStorage(settings.data_dir / "files")
+        for document_id in documents:
+            storage.delete(document_id)
+        print(f"{chosen.name} is removed, with {len(documents)} documents.")
+        return 0
+    except ValidationError as error:
+        print(f"{chosen.command}: {error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}", file=sys.stderr)
+    except (UnusableSetting, UnusableDatabase, LookupError, OSError, sqlite3.Error) as error:
+        print(f"{chosen.command}: {error}", file=sys.stderr)
+    return 1
+
+
+def read_password() -> str:
+    if not sys.stdin.isatty():
+        return sys.stdin.readline().rstrip("\r\n")
+    password = getpass.getpass("Password: ")
+    if getpass.getpass("Once more: ") != password:
+        raise LookupError("The two passwords differ.")
+    return password
+
+
+app = create_app()
+
+if __name__ == "__main__":
+    sys.exit(main())
