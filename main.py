@@ -1160,8 +1160,9 @@ async def refresh(request: Request, response: Response, service: ServiceOf) -> T
     return sign_tokens(service, response, claims.user_id, claims.session_id, jti, end)
 
 
-@router.post("/auth/logout", tags=["auth"], status_code=204, response_class=Response, openapi_extra=form_or_json(RefreshToken),
-             responses=answers("upload_timeout", "too_large", "unsupported_media_type", "validation_error"))
+@router.post("/auth/logout", tags=["auth"], status_code=204, response_class=Response,
+             openapi_extra=form_or_json(RefreshToken), responses=answers(
+                 "upload_timeout", "too_large", "unsupported_media_type", "validation_error"))
 async def logout(request: Request, service: ServiceOf) -> None:
     """Ends the session: its access and refresh tokens stop working at once."""
     sent = await read_fields(request, service, RefreshToken)

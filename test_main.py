@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import httpx
 import pytest
-from fastapi.testclient import TestClient
+import uvicorn
 
 import main
 from main import Settings, create_app
@@ -42,26 +42,50 @@ def docx(main_part: str = MAIN_PART, compression: int = zipfile.ZIP_DEFLATED, **
     return file.getvalue()
 
 
-# The app in this process, through its lifespan
+def until(condition: Callable[[], Any], seconds: float = 30) -> Any:
+    """What the condition answers when that is true at last."""
+    end = time.monotonic() + seconds
+    while not (answer := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+    return answer
 
 
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return Settings(data_dir=tmp_path / "data", admin_password=PASSWORD, process_seconds=0)
+# The service in this process: real sockets, the app through its lifespan, and storage and pipeline to choose
+
+
+def settings_in(folder: Path, **settings: Any) -> Settings:
+    return Settings(**{"data_dir": folder / "data", "admin_password": PASSWORD, "process_seconds": 0} | settings)
 
 
 @contextlib.contextmanager
-def running(settings: Settings, **options: Any) -> Iterator[TestClient]:
-    with TestClient(create_app(settings, **options), raise_server_exceptions=False) as client:
-        yield client
+def running(settings: Settings, **options: Any) -> Iterator[httpx.Client]:
+    """A client that is logged in as admin of a server in another thread."""
+    server = uvicorn.Server(uvicorn.Config(create_app(settings, **options), port=0, log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        until(lambda: server.started or not thread.is_alive())
+        host, port = server.servers[0].sockets[0].getsockname()
+        with httpx.Client(base_url=f"http://{host}:{port}", timeout=60) as client:
+            client.headers["Authorization"] = f"Bearer {log_in(client)['access_token']}"
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Client, Settings]]:
+    settings = settings_in(tmp_path_factory.mktemp("shared"))
+    with running(settings) as client:
+        yield client, settings
 
 
 @pytest.fixture
-def client(settings: Settings) -> Iterator[TestClient]:
-    """A client that is logged in as admin."""
-    with running(settings) as client:
-        client.headers["Authorization"] = f"Bearer {log_in(client)['access_token']}"
-        yield client
+def client(shared: tuple[httpx.Client, Settings]) -> httpx.Client:
+    """Logged in as admin, of one server for all tests that need no other settings."""
+    return shared[0]
 
 
 def log_in(client: httpx.Client, username: str = "admin", password: str = PASSWORD) -> dict[str, Any]:
@@ -126,11 +150,12 @@ class Server:
             self.process.terminate()
         self.process.wait(30)
 
-    def client(self) -> httpx.Client:
+    @contextlib.contextmanager
+    def client(self) -> Iterator[httpx.Client]:
         """Logged in as admin."""
-        client = httpx.Client(base_url=self.url, timeout=60)
-        client.headers["Authorization"] = f"Bearer {log_in(client)['access_token']}"
-        return client
+        with httpx.Client(base_url=self.url, timeout=60) as client:
+            client.headers["Authorization"] = f"Bearer {log_in(client)['access_token']}"
+            yield client
 
     def output(self) -> str:
         return self.output_file.read_text()
@@ -139,19 +164,10 @@ class Server:
         return [json.loads(line) for line in self.output().splitlines()]
 
 
-def until(condition: Callable[[], Any], seconds: float = 30) -> Any:
-    """What the condition answers when that is true at last."""
-    end = time.monotonic() + seconds
-    while not (answer := condition()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-    return answer
-
-
 # The life of a document
 
 
-def test_a_document_goes_from_upload_to_result(client: TestClient) -> None:
+def test_a_document_goes_from_upload_to_result(client: httpx.Client) -> None:
     answer = upload(client, docx(), "report.docx")
     assert answer.status_code == 201
     document = answer.json()
