@@ -87,19 +87,19 @@ class Settings(BaseModel, frozen=True):
     """Each is read from the environment as `DOCS_` and its name in capitals."""
 
     data_dir: Path = Path("data")
-    jwt_secret: str | None = Field(None, repr=False)
-    admin_username: str = Field("admin", min_length=1, max_length=128)
-    admin_password: str | None = Field(None, min_length=1, max_length=1024, repr=False)
-    access_token_seconds: int = Field(900, ge=1, le=86400)
-    refresh_token_seconds: int = Field(604800, ge=1, le=30 * 86400)
-    max_upload_bytes: int = Field(52428800, ge=1, le=2**40)
-    upload_idle_seconds: float = Field(30, gt=0, le=3600)
-    process_workers: int = Field(4, ge=1, le=256)
-    process_seconds: float = Field(2, ge=0, le=3600)
-    lease_seconds: float = Field(15, ge=0.5, le=3600)
-    max_attempts: int = Field(3, ge=1, le=100)
-    max_queue: int = Field(10000, ge=1, le=10**6)
-    shutdown_seconds: float = Field(10, ge=0, le=3600)
+    jwt_secret: Annotated[str | None, Field(repr=False)] = None
+    admin_username: Annotated[str, Field(min_length=1, max_length=128)] = "admin"
+    admin_password: Annotated[str | None, Field(min_length=1, max_length=1024, repr=False)] = None
+    access_token_seconds: Annotated[int, Field(ge=1, le=10**9)] = 900
+    refresh_token_seconds: Annotated[int, Field(ge=1, le=10**9)] = 604800
+    max_upload_bytes: Annotated[int, Field(ge=1, le=2**40)] = 52428800
+    upload_idle_seconds: Annotated[float, Field(gt=0, le=3600)] = 30
+    process_workers: Annotated[int, Field(ge=1, le=256)] = 4
+    process_seconds: Annotated[float, Field(ge=0, le=10**6)] = 2
+    lease_seconds: Annotated[float, Field(ge=0.5, le=3600)] = 15
+    max_attempts: Annotated[int, Field(ge=1, le=100)] = 3
+    max_queue: Annotated[int, Field(ge=1, le=10**6)] = 10000
+    shutdown_seconds: Annotated[float, Field(ge=0, le=3600)] = 10
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
 
     @classmethod
