@@ -201,7 +201,7 @@ class Database:
     @staticmethod
     def _connect(path: Path) -> sqlite3.Connection:
         connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
-        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "temp_store = MEMORY"):
             connection.execute(f"PRAGMA {pragma}")
         return connection
 
@@ -265,10 +265,13 @@ class Database:
         try:
             return operation(), None
         except BaseException as error:  # raised again by the Future, where the caller waits
+            if not self._w.in_transaction:  # a full disk, say: SQLite has undone the whole batch
+                raise
             self._w.execute("ROLLBACK TO attempt")
             return None, error
         finally:
-            self._w.execute("RELEASE attempt")
+            if self._w.in_transaction:
+                self._w.execute("RELEASE attempt")
 
     @write
     def check(self) -> None:

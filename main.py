@@ -485,8 +485,7 @@ class Service:
             self.watch.close()
 
     def close(self) -> bool:
-        """Whether all threads have come to their end; those of a pipeline that doesn't look up can't be stopped."""
-        self.begin_exit()
+        """After `begin_exit`. Whether all jobs have ended; a pipeline that doesn't look up can't be stopped."""
         idle = self.worker.stop(self.exit_by or 0.0)
         self.passwords.shutdown(wait=False, cancel_futures=True)
         self.db.close()
@@ -494,7 +493,7 @@ class Service:
 
 
 def prepare_folder(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with contextlib.suppress(PermissionError):  # a mounted volume of another owner stays as its operator made it
         folder.chmod(0o700)
     fsync_folder(folder.parent)
@@ -649,7 +648,7 @@ class Upload:
         if self.size > self.max_size:
             raise Problem("too_large", f"The file is larger than {self.max_size} bytes.")
         self._check_start(complete=False)
-        return self._known and (self._writer is not None or self.size >= FLUSH_SIZE) and bool(self._pending)
+        return self._known and (self.started or self.size >= FLUSH_SIZE) and bool(self._pending)
 
     def _on_part_begin(self) -> None:
         self._parts += 1
@@ -726,6 +725,7 @@ class Upload:
         self.flush()
         assert self._writer is not None
         self._writer.commit()
+        self._writer = None
         if self.media_type == DOCX:
             try:
                 with self._storage.open(self._key) as file:
@@ -734,9 +734,13 @@ class Upload:
                 self._storage.delete(self._key)
                 raise
 
+    @property
+    def started(self) -> bool:
+        return self._writer is not None
+
     def close(self) -> None:
         if self._writer is not None:
-            self._writer.__exit__(None, None, None)
+            self._writer.__exit__()
 
 
 def shown_filename(name: str) -> str:
@@ -1193,7 +1197,8 @@ async def upload(request: Request, response: Response, user: CurrentUser, servic
                 await run_in_threadpool(incoming.flush)
         await run_in_threadpool(incoming.finish)
     finally:
-        await run_in_threadpool(incoming.close)
+        if incoming.started:
+            await run_in_threadpool(incoming.close)
     try:
         document = await asyncio.wrap_future(service.db.add_document(
             document_id, user.user_id, incoming.filename, incoming.media_type, incoming.size,
@@ -1394,6 +1399,7 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
             yield {"service": service}
             for task in tasks:
                 task.cancel()
+            service.begin_exit()
             if not await run_in_threadpool(service.close) and under_uvicorn:
                 # After Ctrl-C Python would wait for the threads of the pool, however long their pipeline takes.
                 last_resort = threading.Timer(1, os._exit, [0])
