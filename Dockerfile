@@ -1,11 +1,9 @@
 FROM python:3.13-slim
 
-# The default grace of 10 seconds is all the time that `docker stop` leaves before it kills. SQLite needs a place for
-# temporary files, and with a read-only root file system there is none but the volume.
+# The default grace of 10 seconds is all the time that `docker stop` leaves before it kills.
 ENV PYTHONUNBUFFERED=1 \
     DOCS_DATA_DIR=/data \
-    DOCS_SHUTDOWN_SECONDS=8 \
-    SQLITE_TMPDIR=/data
+    DOCS_SHUTDOWN_SECONDS=8
 
 WORKDIR /app
 
