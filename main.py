@@ -49,7 +49,7 @@ from datetime import datetime, timezone
 from http import HTTPStatus
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, BinaryIO, Literal, NoReturn, TypeVar, cast
+from typing import Annotated, Any, BinaryIO, ClassVar, Literal, NoReturn, TypeVar, cast
 from urllib.parse import parse_qsl, quote, urlencode
 from xml.parsers import expat
 
@@ -215,60 +215,78 @@ class RefreshToken(BaseModel):
     grant_type: Literal["refresh_token"] = "refresh_token"
 
 
-class Example(BaseModel):
-    """A model whose fields carry the examples of the OpenAPI document."""
-
-    model_config = ConfigDict(from_attributes=True)
+Timestamp = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 
 
-class Tokens(Example):
-    access_token: str = Field(examples=["eyJhbGciOiJIUzI1NiIsInR5cCI6ImF0K2p3dCJ9.e30.c2ln"])
+class Answer(BaseModel):
+    """What a route answers; EXAMPLE is the one in the OpenAPI document."""
+
+    model_config = ConfigDict(from_attributes=True, json_schema_serialization_defaults_required=True)
+    EXAMPLE: ClassVar[dict[str, Any]]
+
+
+class Tokens(Answer):
+    access_token: str
     token_type: Literal["bearer"] = "bearer"
-    expires_in: int = Field(examples=[900], description="seconds")
-    refresh_token: str = Field(examples=["eyJhbGciOiJIUzI1NiIsInR5cCI6InJ0K2p3dCJ9.e30.c2ln"])
-    refresh_expires_in: int = Field(examples=[604800], description="seconds")
+    expires_in: int = Field(description="seconds")
+    refresh_token: str
+    refresh_expires_in: int = Field(description="seconds")
+    EXAMPLE = {"access_token": "eyJhbGciOiJIUzI1NiIsInR5cCI6ImF0K2p3dCJ9.e30.c2ln", "token_type": "bearer",
+               "expires_in": 900, "refresh_token": "eyJhbGciOiJIUzI1NiIsInR5cCI6InJ0K2p3dCJ9.e30.c2ln",
+               "refresh_expires_in": 604800}
 
 
-class DocumentOut(Example):
-    document_id: uuid.UUID = Field(examples=["5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11"])
-    filename: str = Field(examples=["report.pdf"])
-    media_type: str = Field(examples=["application/pdf"])
-    size: int = Field(examples=[80100], description="bytes")
-    sha256: str = Field(examples=["9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"])
-    status: Status = Field(examples=["UPLOADED"])
-    created_at: str = Field(examples=["2026-01-31T12:00:00.000000Z"], json_schema_extra={"format": "date-time"})
-    updated_at: str = Field(examples=["2026-01-31T12:00:00.000000Z"], json_schema_extra={"format": "date-time"})
+class DocumentOut(Answer):
+    document_id: uuid.UUID
+    filename: str
+    media_type: str
+    size: int = Field(description="bytes")
+    sha256: str
+    status: Status
+    created_at: Timestamp
+    updated_at: Timestamp
+    EXAMPLE = {"document_id": "5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11", "filename": "report.pdf",
+               "media_type": "application/pdf", "size": 80100, "status": "UPLOADED",
+               "sha256": "69f6b7f493b1bc55d518942976cbeadc4ec0a36f6d8a6dc24feffc516d35b2c9",
+               "created_at": "2026-01-31T12:00:00.000000Z", "updated_at": "2026-01-31T12:00:00.000000Z"}
 
 
-class ProcessingError(Example):
-    code: str = Field(examples=["damaged_document"])
-    message: str = Field(examples=["The PDF has no end-of-file marker."])
-    retryable: bool = Field(examples=[False])
+class ProcessingError(BaseModel):
+    code: str
+    message: str
+    retryable: bool
 
 
-class StatusOut(Example):
-    document_id: uuid.UUID = Field(examples=["5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11"])
-    status: Status = Field(examples=["PROCESSING"])
-    progress: int = Field(ge=0, le=100, examples=[40])
-    message: str = Field(examples=["extracting text"])
-    attempts: int = Field(examples=[1])
-    request_id: str | None = Field(examples=["8f14e45f"], description="of the request that started the run")
-    created_at: str = Field(examples=["2026-01-31T12:00:00.000000Z"], json_schema_extra={"format": "date-time"})
-    updated_at: str = Field(examples=["2026-01-31T12:00:01.000000Z"], json_schema_extra={"format": "date-time"})
-    started_at: str | None = Field(examples=["2026-01-31T12:00:01.000000Z"])
-    finished_at: str | None = Field(examples=[None])
-    error: ProcessingError | None = Field(examples=[None], description="only when FAILED")
+class StatusOut(Answer):
+    document_id: uuid.UUID
+    status: Status
+    progress: int = Field(ge=0, le=100)
+    message: str
+    attempts: int
+    request_id: str | None = Field(description="of the request that started the run")
+    created_at: Timestamp
+    updated_at: Timestamp
+    started_at: Timestamp | None
+    finished_at: Timestamp | None
+    error: ProcessingError | None = Field(description="only when FAILED")
+    EXAMPLE = {"document_id": "5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11", "status": "PROCESSING", "progress": 50,
+               "message": "classifying", "attempts": 1, "request_id": "8f14e45f",
+               "created_at": "2026-01-31T12:00:00.000000Z", "updated_at": "2026-01-31T12:00:01.000000Z",
+               "started_at": "2026-01-31T12:00:01.000000Z", "finished_at": None, "error": None}
 
 
-class ResultOut(Example):
-    document_id: uuid.UUID = Field(examples=["5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11"])
-    status: Status = Field(examples=["COMPLETED"])
-    completed_at: str = Field(examples=["2026-01-31T12:00:03.000000Z"], json_schema_extra={"format": "date-time"})
-    result: Any = Field(examples=[{"summary": "A simulated summary of report.pdf."}])
+class ResultOut(Answer):
+    document_id: uuid.UUID
+    status: Status
+    completed_at: Timestamp
+    result: Any
+    EXAMPLE = {"document_id": "5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11", "status": "COMPLETED",
+               "completed_at": "2026-01-31T12:00:03.000000Z", "result": {"summary": "A simulated summary."}}
 
 
-class Health(Example):
+class Health(Answer):
     status: Literal["ok"] = "ok"
+    EXAMPLE = {"status": "ok"}
 
 
 class ProblemOut(BaseModel):
@@ -291,7 +309,7 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "malformed_body": (400, "The multipart body is malformed."),
     "missing_token": (401, "Send an access token in the Authorization header: Bearer <token>."),
     "invalid_token": (401, "The access token is invalid, has expired, or its session has ended."),
-    "invalid_grant": (401, "Wrong user name or password."),
+    "invalid_grant": (401, "Wrong user name or password, or a refresh token that is not good (any more)."),
     "not_found": (404, "There is nothing here for you."),
     "file_missing": (404, "The stored file of this document is gone."),
     "method_not_allowed": (405, "This path does not take this method."),
@@ -300,7 +318,7 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "still_processing": (409, "Processing has not ended yet."),
     "processing_failed": (409, "Processing has failed."),
     "too_large": (413, "The body is too large."),
-    "unsupported_media_type": (415, "Only PDF and DOCX files, in multipart/form-data."),
+    "unsupported_media_type": (415, "This is not a media type that is taken here."),
     "validation_error": (422, "The request has parameters or fields that can't be used: see errors."),
     "idempotency_key_reused": (422, "This Idempotency-Key was used for another file."),
     "too_many_attempts": (429, "Too many failed logins. Try again later."),
@@ -363,10 +381,18 @@ async def answer_problem(request: Request, failure: Exception) -> Response:
     return problem_response(problem_of(request, failure))
 
 
-def answers(*codes: str, **headers: str) -> dict[int | str, dict[str, Any]]:
+EXAMPLE_MEMBERS: dict[str, dict[str, Any]] = {
+    "invalid_grant": {"error": "invalid_grant", "error_description": PROBLEMS["invalid_grant"][1]},
+    "validation_error": {"errors": [{"loc": ["query", "limit"], "msg": "Input should be less than or equal to 200"}]},
+    "processing_failed": {"error": {
+        "code": "damaged_document", "message": "The PDF has no end-of-file marker.", "retryable": False}},
+}
+
+
+def answers(*codes: str) -> dict[int | str, dict[str, Any]]:
     """The error answers of a route for the OpenAPI document."""
     documented: dict[int | str, dict[str, Any]] = {}
-    for code in (*codes, "internal_error", "unavailable"):
+    for code in (*codes, "internal_error", "unavailable", "shutting_down"):
         status, detail = PROBLEMS[code]
         answer = documented.setdefault(status, {
             "description": HTTPStatus(status).phrase,
@@ -374,7 +400,7 @@ def answers(*codes: str, **headers: str) -> dict[int | str, dict[str, Any]]:
                 "schema": {"$ref": "#/components/schemas/ProblemOut"}, "examples": {}}}})
         answer["content"]["application/problem+json"]["examples"][code] = {"value": {
             "title": HTTPStatus(status).phrase, "status": status, "detail": detail, "code": code,
-            "request_id": "8f14e45f"}}
+            "request_id": "8f14e45f", **EXAMPLE_MEMBERS.get(code, {})}}
     return documented
 
 
@@ -593,11 +619,12 @@ async def read_fields(request: Request, service: Service, model: type[Model]) ->
     if media_type == b"application/json":
         return model.model_validate_json(body)
     try:
-        pairs = parse_qsl(body.decode(), keep_blank_values=True, errors="strict", max_num_fields=20)
+        pairs = parse_qsl(body.decode(), keep_blank_values=True, errors="strict")
     except ValueError:
         raise invalid("The form can't be read.", "body") from None
-    if len(dict(pairs)) < len(pairs):
-        raise invalid("A field is there twice.", "body")
+    for name in model.model_fields:
+        if sum(name == sent for sent, _ in pairs) > 1:  # RFC 6749, 3.2
+            raise invalid("The field is there twice.", name)
     return model.model_validate(dict(pairs))
 
 
@@ -1117,7 +1144,7 @@ def invalid_grant(detail: str) -> Problem:
 
 @router.post("/auth/login", tags=["auth"], response_model=Tokens, openapi_extra=form_or_json(Credentials),
              responses=answers("invalid_grant", "upload_timeout", "too_large", "unsupported_media_type",
-                               "validation_error", "too_many_attempts"))
+                               "validation_error", "too_many_attempts", "insufficient_storage"))
 async def login(request: Request, response: Response, service: ServiceOf) -> Tokens:
     """Exchanges user name and password for an access and a refresh token (OAuth 2 password grant)."""
     credentials = await read_fields(request, service, Credentials)
@@ -1145,7 +1172,7 @@ async def login(request: Request, response: Response, service: ServiceOf) -> Tok
 
 @router.post("/auth/refresh", tags=["auth"], response_model=Tokens, openapi_extra=form_or_json(RefreshToken),
              responses=answers("invalid_grant", "upload_timeout", "too_large", "unsupported_media_type",
-                               "validation_error"))
+                               "validation_error", "insufficient_storage"))
 async def refresh(request: Request, response: Response, service: ServiceOf) -> Tokens:
     """Exchanges a refresh token for two new tokens. Using one twice ends the session (RFC 9700, 4.14.2)."""
     sent = await read_fields(request, service, RefreshToken)
@@ -1166,7 +1193,7 @@ async def refresh(request: Request, response: Response, service: ServiceOf) -> T
 
 @router.post("/auth/logout", tags=["auth"], status_code=204, response_class=Response,
              openapi_extra=form_or_json(RefreshToken), responses=answers(
-                 "upload_timeout", "too_large", "unsupported_media_type", "validation_error"))
+                 "upload_timeout", "too_large", "unsupported_media_type", "validation_error", "insufficient_storage"))
 async def logout(request: Request, service: ServiceOf) -> None:
     """Ends the session: its access and refresh tokens stop working at once."""
     sent = await read_fields(request, service, RefreshToken)
@@ -1183,7 +1210,8 @@ async def logout(request: Request, service: ServiceOf) -> None:
              responses=answers(*SIGNED_IN, "malformed_body", "upload_timeout", "too_large", "unsupported_media_type",
                                "validation_error", "idempotency_key_reused", "insufficient_storage"))
 async def upload(request: Request, response: Response, user: CurrentUser, service: ServiceOf,
-                 idempotency_key: Annotated[str | None, Header(pattern=r"^[!-~]{1,128}$")] = None) -> Document:
+                 idempotency_key: Annotated[str | None, Header(
+                     alias="Idempotency-Key", pattern=r"^[!-~]{1,128}$")] = None) -> Document:
     """Stores a PDF or DOCX. After the 201 it survives a crash or a power loss.
 
     With an `Idempotency-Key` a repeated upload answers the first document again.
@@ -1221,7 +1249,8 @@ async def upload(request: Request, response: Response, user: CurrentUser, servic
             responses=answers(*SIGNED_IN, "validation_error"))
 async def list_documents(response: Response, user: CurrentUser, service: ServiceOf,
                          limit: Annotated[int, Query(ge=1, le=200)] = 50, status: Status | None = None,
-                         cursor: Annotated[str | None, Query(max_length=256)] = None) -> list[Document]:
+                         cursor: Annotated[str | None, Query(max_length=256, description="of the Link header")] = None,
+                         ) -> list[Document]:
     """The caller's documents, newest first. `Link: <...>; rel="next"` leads to the next page (RFC 8288)."""
     documents = service.db.documents(user.user_id, limit + 1, status, read_cursor(cursor) if cursor else None)
     if len(documents) > limit:
@@ -1249,10 +1278,11 @@ async def get_one(document: OwnDocument) -> Document:
 
 @router.get("/documents/{document_id:uuid}/file", tags=["documents"], response_class=StreamingResponse, responses={
     200: {"description": "The stored bytes", "content": {
-        media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in (PDF, DOCX)}},
+        PDF: {"schema": {"type": "string", "format": "binary"}, "example": "%PDF-1.7 ..."},
+        DOCX: {"schema": {"type": "string", "format": "binary"}, "example": "PK..."}}},
     304: {"description": "Not Modified"}, **answers(*SIGNED_IN, "not_found", "file_missing")})
 async def get_file(document: OwnDocument, service: ServiceOf,
-                   if_none_match: Annotated[str | None, Header()] = None) -> Response:
+                   if_none_match: Annotated[str | None, Header(alias="If-None-Match")] = None) -> Response:
     """The stored bytes, with the SHA-256 as ETag."""
     etag = f'"{document.sha256}"'
     if if_none_match and re.search(rf'(^|,)\s*(\*|(W/)?{etag})\s*(,|$)', if_none_match):
@@ -1274,7 +1304,7 @@ async def get_file(document: OwnDocument, service: ServiceOf,
 
 
 @router.delete("/documents/{document_id:uuid}", tags=["documents"], status_code=204, response_class=Response,
-               responses=answers(*SIGNED_IN, "not_found"))
+               responses=answers(*SIGNED_IN, "not_found", "insufficient_storage"))
 async def delete(document_id: uuid.UUID, user: CurrentUser, service: ServiceOf) -> None:
     """Removes the document, also while it is being processed."""
     if not await asyncio.wrap_future(service.db.delete(str(document_id), user.user_id)):
@@ -1288,7 +1318,7 @@ async def delete(document_id: uuid.UUID, user: CurrentUser, service: ServiceOf) 
 
 @router.post("/documents/{document_id:uuid}/process", tags=["processing"], status_code=202, response_model=StatusOut,
              responses={200: {"description": "COMPLETED already: the result stands", "model": StatusOut},
-                        **answers(*SIGNED_IN, "not_found", "queue_full")})
+                        **answers(*SIGNED_IN, "not_found", "queue_full", "insufficient_storage")})
 async def process(document_id: uuid.UUID, response: Response, user: CurrentUser, service: ServiceOf) -> StatusOut:
     """Starts processing an UPLOADED or FAILED document. Idempotent: however many calls come, one run starts."""
     try:
@@ -1369,16 +1399,22 @@ ask for `status?wait=10`, then for the `result`."""
 
 class Api(FastAPI):
     def openapi(self) -> dict[str, Any]:
-        """FastAPI's, with the schema of our errors in place of its own."""
+        """FastAPI's, with our errors in place of its own, the examples, and no parameter that could be null."""
         document = super().openapi()
         schemas = document["components"]["schemas"]
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
         schemas["ProblemOut"] = ProblemOut.model_json_schema()
-        for path in document["paths"].values():
-            for operation in path.values():
-                if "application/json" in operation["responses"].get("422", {}).get("content", {}):
-                    del operation["responses"]["422"]
+        examples = {f"#/components/schemas/{model.__name__}": model.EXAMPLE for model in Answer.__subclasses__()}
+        for operation in (operation for path in document["paths"].values() for operation in path.values()):
+            if "application/json" in operation["responses"].get("422", {}).get("content", {}):
+                del operation["responses"]["422"]
+            for answer in operation["responses"].values():
+                if content := answer.get("content", {}).get("application/json"):
+                    one = examples.get(content["schema"].get("$ref"))
+                    content["example"] = one or [examples[content["schema"]["items"]["$ref"]]]
+            for parameter in operation.get("parameters", ()):
+                parameter["schema"].update(*parameter["schema"].pop("anyOf", ())[:1])
         return document
 
 
