@@ -2,7 +2,7 @@
 
 One thread owns the one connection that writes, and commits what waits in one transaction (group commit): the more
 writers wait, the fewer fsyncs each pays for. Methods marked `@write` run there and return a Future; the others read
-on their caller's thread, which must be the one that opened the database. Readers never wait for writers (WAL).
+on their caller's thread, always the same one. Readers never wait for writers (WAL).
 """
 import contextlib
 import functools
@@ -185,30 +185,32 @@ class Database:
         self._tasks: SimpleQueue[Task | None] = SimpleQueue()  # None: the last one
         self._closed = False
         self._submitting = threading.Lock()  # nothing comes behind the None
-        try:
-            with self._lock:
-                self._w = self._connect(path)
-                self._migrate()
-                self._r = self._connect(path)
-        except sqlite3.DatabaseError as error:
-            self._lock.close()
-            if isinstance(error, sqlite3.OperationalError):
-                raise
-            raise UnusableDatabase(f"{path}: {error}") from error
+        with contextlib.ExitStack() as opened, self._lock:
+            opened.callback(self._lock.close)
+            self._w = opened.enter_context(contextlib.closing(sqlite3.connect(
+                path, timeout=10, isolation_level=None, check_same_thread=False)))
+            self._prepare(path)
+            self._r = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
+            opened.pop_all()
+        self._r.execute("PRAGMA query_only = ON")
         self._thread = threading.Thread(target=self._write_forever, name="database-writer", daemon=True)
         self._thread.start()
 
-    @staticmethod
-    def _connect(path: Path) -> sqlite3.Connection:
-        connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
-        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "temp_store = MEMORY"):
-            connection.execute(f"PRAGMA {pragma}")
-        return connection
-
-    def _migrate(self) -> None:
-        (version,) = self._w.execute("PRAGMA user_version").fetchone()
+    def _prepare(self, path: Path) -> None:
+        """Makes the schema where there is none; changes nothing in a file that is not ours."""
+        try:
+            (version,) = self._w.execute("PRAGMA user_version").fetchone()
+            others = version == 0 and self._w.execute("SELECT 1 FROM sqlite_schema").fetchone()
+        except sqlite3.OperationalError:
+            raise
+        except sqlite3.DatabaseError as error:
+            raise UnusableDatabase(f"{path}: {error}") from error
+        if others:
+            raise UnusableDatabase(f"{path} belongs to another program")
         if version > SCHEMA_VERSION:
-            raise UnusableDatabase(f"the database has schema version {version}, this program knows {SCHEMA_VERSION}")
+            raise UnusableDatabase(f"{path} has schema version {version}, this program knows {SCHEMA_VERSION}")
+        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "temp_store = MEMORY"):
+            self._w.execute(f"PRAGMA {pragma}")
         if version == 0:
             self._w.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
 

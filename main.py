@@ -510,12 +510,11 @@ class Service:
             self.worker.stop_claiming()
             self.watch.close()
 
-    def close(self) -> bool:
-        """After `begin_exit`. Whether all jobs have ended; a pipeline that doesn't look up can't be stopped."""
-        idle = self.worker.stop(self.exit_by or 0.0)
+    def close(self) -> None:
+        """After `begin_exit`."""
+        self.worker.stop(self.exit_by or 0.0)
         self.passwords.shutdown(wait=False, cancel_futures=True)
         self.db.close()
-        return idle
 
 
 def prepare_folder(folder: Path) -> None:
@@ -821,6 +820,8 @@ def open_docx(file: BinaryIO) -> Iterator[zipfile.ZipFile]:
         with zipfile.ZipFile(cast(BinaryIO, BoundedReads(file))) as archive:
             if len(archive.infolist()) > MAX_ENTRIES:
                 raise UnreadableDocument(f"The ZIP archive has more than {MAX_ENTRIES} entries.")
+            if sum(entry.compress_size for entry in archive.infolist()) > file.seek(0, os.SEEK_END):
+                raise UnreadableDocument("The entries of the ZIP archive overlap.")
             if any(entry.flag_bits & 1 for entry in archive.infolist()):
                 raise UnreadableDocument("The ZIP archive is encrypted.")
             if any(entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
@@ -862,7 +863,12 @@ def content_types(xml: bytes) -> set[str]:
     def on_doctype(*_: object) -> NoReturn:  # OPC forbids DTDs; without one there are no entities to expand
         raise UnreadableDocument("[Content_Types].xml has a DTD.")
 
+    def on_declaration(_: str, encoding: str | None, __: int) -> None:
+        if (encoding or "UTF-8").upper() not in ("UTF-8", "UTF-16"):  # else expat asks Python's codecs
+            raise UnreadableDocument("[Content_Types].xml is neither in UTF-8 nor in UTF-16.")
+
     parser = expat.ParserCreate(namespace_separator=" ")
+    parser.XmlDeclHandler = on_declaration
     parser.StartElementHandler = on_element
     parser.StartDoctypeDeclHandler = on_doctype
     parser.Parse(xml, True)
@@ -953,8 +959,8 @@ class Worker:
         with self._changed:
             self._stopping = True
 
-    def stop(self, deadline: float) -> bool:
-        """Lets running jobs finish until `deadline` (monotonic), then hands them back. Whether all threads are idle."""
+    def stop(self, deadline: float) -> None:
+        """Lets running jobs finish until `deadline` (monotonic), then hands them back."""
         self.stop_claiming()
         with self._changed:
             self._changed.wait_for(lambda: not self._run_ids, max(0.0, deadline - time.monotonic()))
@@ -967,7 +973,6 @@ class Worker:
         self._stopped.set()
         self._keeper.join()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        return not run_ids
 
     def _claim_all(self) -> None:
         with self._changed:
@@ -1022,7 +1027,9 @@ class Worker:
         try:
             file = self._storage.open(document.document_id)
         except FileNotFoundError as failure:
-            raise ProcessingFailed("file_missing", "The stored file is gone.", False) from failure
+            raise ProcessingFailed("file_missing", "The stored file is gone.", retryable=False) from failure
+        except OSError as failure:
+            raise ProcessingFailed("file_unreadable", "The stored file can't be read.", retryable=True) from failure
         try:
             with file:
                 result = json.dumps(self._pipeline(file, document, progress), allow_nan=False, ensure_ascii=False)
@@ -1431,16 +1438,12 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
         service = Service(used, storage, pipeline)
         service.worker.start()
         tasks = [asyncio.create_task(service.watch.run()), asyncio.create_task(sweep(service))]
-        with exit_signals(service) as under_uvicorn:
+        with exit_signals(service):
             yield {"service": service}
             for task in tasks:
                 task.cancel()
             service.begin_exit()
-            if not await run_in_threadpool(service.close) and under_uvicorn:
-                # After Ctrl-C Python would wait for the threads of the pool, however long their pipeline takes.
-                last_resort = threading.Timer(1, os._exit, [0])
-                last_resort.daemon = True
-                last_resort.start()
+            await run_in_threadpool(service.close)
 
     configure_logging()
     application = Api(
@@ -1454,28 +1457,32 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
 
 
 @contextlib.contextmanager
-def exit_signals(service: Service) -> Iterator[bool]:
+def exit_signals(service: Service) -> Iterator[None]:
     """uvicorn tells of a shutdown only once the last connection has ended, and waits for that without a limit. So
-    hear the signal together with uvicorn, and give its connections the grace that jobs have. Whether it is there."""
-    loop, heard = asyncio.get_running_loop(), {}
+    hear its signals together with it, give its connections the grace that jobs have, and see to the end of the process
+    when something holds it up after that: a pipeline that doesn't look up, or a disk that doesn't answer."""
+    loop, grace, heard = asyncio.get_running_loop(), service.settings.shutdown_seconds, {}
 
-    def chain(number: int, handler: Callable[[int, FrameType | None], None]) -> None:
+    def chain(handler: Callable[[int, FrameType | None], None]) -> Callable[[int, FrameType | None], None]:
         def on_signal(number: int, frame: FrameType | None) -> None:
+            last_resort = threading.Timer(grace + 1.5, os._exit, [1])
+            last_resort.daemon = True
+            last_resort.start()
             loop.call_soon_threadsafe(service.begin_exit)
             handler(number, frame)
-        signal.signal(number, on_signal)
+        return on_signal
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             handler: Any = signal.getsignal(number)
             server = getattr(handler, "__self__", None)
             if isinstance(server, uvicorn.Server):
-                if server.config.timeout_graceful_shutdown is None:
-                    server.config.timeout_graceful_shutdown = math.ceil(service.settings.shutdown_seconds)
+                server.config.timeout_graceful_shutdown = min(
+                    server.config.timeout_graceful_shutdown or math.inf, grace)  # type: ignore[assignment]
                 heard[number] = handler
-                chain(number, handler)
+                signal.signal(number, chain(handler))
     try:
-        yield bool(heard)
+        yield
     finally:
         for number, handler in heard.items():
             signal.signal(number, handler)

@@ -1,18 +1,31 @@
 """Each rule of the service has a test that is named after it. They use the real app, files, SQLite and processes."""
+import base64
 import contextlib
 import errno
+import fcntl
+import functools
 import hashlib
+import hmac
+import http.client
 import io
 import json
 import os
+import random
 import re
+import resource
+import shutil
+import signal
 import socket
 import sqlite3
+import stat
 import subprocess
 import sys
 import threading
 import time
+import uuid
 import zipfile
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,9 +37,10 @@ import uvicorn
 
 import auth
 import main
+import storage as storage_module
 from db import Database, Document, Status
 from main import Settings, create_app
-from storage import LocalStorage, Storage
+from storage import LocalStorage, Storage, Writer
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -85,6 +99,7 @@ def running(settings: Settings, **options: Any) -> Iterator[httpx.Client]:
     finally:
         server.should_exit = True
         thread.join()
+        assert not server.lifespan.should_exit, "the lifespan failed"
 
 
 @pytest.fixture(scope="session")
@@ -135,19 +150,23 @@ def stored_files(settings: Settings) -> list[str]:
 
 
 class Server:
-    """`uvicorn main:app` on a free port, as a user starts it; stopped at the end of the `with` block."""
+    """`uvicorn main:app` on a free port, as a user starts it; stopped at the end of the `with` block. `stdout`: a
+    descriptor for the log in place of `output_file`, or None for no standard output at all."""
 
-    def __init__(self, folder: Path, *arguments: str, **environment: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, app: str = "main:app", stdout: Any = -1,
+                 **environment: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.output_file = folder / f"output-{self.port}-{time.monotonic_ns()}"
+        command = [sys.executable, "-m", "uvicorn", app, "--port", str(self.port), *arguments]
+        if stdout is None:  # uvicorn looks for a terminal there, unless it is told not to
+            command = ["sh", "-c", 'exec "$0" "$@" >&-', *command, "--no-use-colors"]
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("DOCS_")}
         with self.output_file.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "uvicorn", "main:app", "--port", str(self.port), *arguments], cwd=HERE,
-                stdout=output, stderr=subprocess.STDOUT, env=inherited | {
+                command, cwd=HERE, stdout=output if stdout == -1 else stdout, stderr=output, env=inherited | {
                     "DOCS_DATA_DIR": str(folder / "data"), "DOCS_ADMIN_PASSWORD": PASSWORD, **environment})
 
     def __enter__(self) -> "Server":
@@ -175,6 +194,26 @@ class Server:
 
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.output().splitlines()]
+
+
+# The life of a document
+
+
+def test_a_document_goes_from_upload_to_result(client: httpx.Client) -> None:
+    answer = upload(client, docx(), "report.docx")
+    assert answer.status_code == 201
+    document = answer.json()
+    path = answer.headers["Location"]
+    assert path == f"/documents/{document['document_id']}"
+    assert document["status"] == "UPLOADED"
+    started = client.post(f"{path}/process", headers={"X-Request-ID": "the-run"})
+    assert (started.status_code, started.headers["Location"]) == (202, f"{path}/status")
+    status = client.get(f"{path}/status?wait=30").json()
+    assert (status["status"], status["progress"], status["request_id"]) == ("COMPLETED", 100, "the-run")
+    assert (status["attempts"], status["error"]) == (1, None)
+    result = client.get(f"{path}/result").json()
+    assert result["completed_at"] == status["finished_at"]
+    assert result["result"]["source"] == {"size": document["size"], "sha256": document["sha256"]}
 
 
 # Start and settings
@@ -921,26 +960,6 @@ def test_openapi_lists_what_routes_answer(client: httpx.Client) -> None:
     assert "HTTPValidationError" not in json.dumps(document)
 
 
-# The life of a document
-
-
-def test_a_document_goes_from_upload_to_result(client: httpx.Client) -> None:
-    answer = upload(client, docx(), "report.docx")
-    assert answer.status_code == 201
-    document = answer.json()
-    path = answer.headers["Location"]
-    assert path == f"/documents/{document['document_id']}"
-    assert document["status"] == "UPLOADED"
-    started = client.post(f"{path}/process", headers={"X-Request-ID": "the-run"})
-    assert (started.status_code, started.headers["Location"]) == (202, f"{path}/status")
-    status = client.get(f"{path}/status?wait=30").json()
-    assert (status["status"], status["progress"], status["request_id"]) == ("COMPLETED", 100, "the-run")
-    assert (status["attempts"], status["error"]) == (1, None)
-    result = client.get(f"{path}/result").json()
-    assert result["completed_at"] == status["finished_at"]
-    assert result["result"]["source"] == {"size": document["size"], "sha256": document["sha256"]}
-
-
 # The log
 
 
@@ -980,3 +999,1345 @@ def test_every_line_of_the_log_is_json_and_tells_the_whole_life(tmp_path: Path) 
     assert told["process_completed"]["request_id"] == "the-run"
     assert "forged" not in told and any(line["event"].startswith("Uvicorn running on") for line in lines)
     assert {line["user"] for line in lines if line["event"] == "request"} >= {"admin", None}
+
+
+# Hostile input: requests byte by byte, and files that are not what they say
+
+
+SECRET = "canary-key-0123456789-0123456789"
+UPLOAD_LIMIT = 5_000_000
+Target = tuple[httpx.Client, Settings]
+
+
+@pytest.fixture(scope="session")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+    settings = settings_in(tmp_path_factory.mktemp("target"), jwt_secret=SECRET, max_upload_bytes=UPLOAD_LIMIT,
+                           upload_idle_seconds=1)
+    with running(settings) as client:
+        yield client, settings
+
+
+@contextlib.contextmanager
+def unharmed(target: Target) -> Iterator[None]:
+    """Afterwards the server answers as before, and nothing new is on disk."""
+    client, settings = target
+    before = stored_files(settings)
+    yield
+    assert client.get("/healthz").status_code == 200
+    assert stored_files(settings) == before
+
+
+@contextlib.contextmanager
+def connected(client: httpx.Client) -> Iterator[socket.socket]:
+    with socket.create_connection((client.base_url.host, client.base_url.port or 80), 30) as connection:
+        yield connection
+
+
+def exchange(client: httpx.Client, request: bytes) -> tuple[int, dict[str, Any]]:
+    """Status and body of the answer to these bytes. TOKEN in them becomes the client's."""
+    token = client.headers["Authorization"].removeprefix("Bearer ").encode()
+    with connected(client) as connection:
+        connection.sendall(request.replace(b"TOKEN", token))
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        body = answer.read()
+    return answer.status, json.loads(body) if body.startswith(b"{") else {"code": body.decode()}
+
+
+def wire(line: str, body: bytes = b"", /, **headers: str | None) -> bytes:
+    """A request. None leaves out one of the usual headers."""
+    usual = {"Host": "x", "Authorization": "Bearer TOKEN", "Content-Length": str(len(body))}
+    given = {name.replace("_", "-"): value for name, value in headers.items()}
+    lines = [f"{line} HTTP/1.1", *(f"{name}: {value}" for name, value in {**usual, **given}.items()
+                                   if value is not None), "", ""]
+    return "\r\n".join(lines).encode("latin-1") + body
+
+
+def part(content: bytes = PDF, disposition: bytes = b'form-data; name="file"; filename="a.pdf"') -> bytes:
+    return b"--b\r\nContent-Disposition: " + disposition + b"\r\n\r\n" + content + b"\r\n"
+
+
+def sent(body: bytes, **headers: str | None) -> bytes:
+    return wire("POST /documents/upload", body, **{"Content_Type": "multipart/form-data; boundary=b", **headers})
+
+
+def file(name: str | bytes, content: bytes = PDF) -> bytes:
+    """An upload. `name` as it stands between the quotes."""
+    raw = name if isinstance(name, bytes) else name.encode()
+    return sent(part(content, b'form-data; name="file"; filename="' + raw + b'"') + b"--b--\r\n")
+
+
+def chunked(body: bytes, size: int = 65536) -> bytes:
+    pieces = [body[i:i + size] for i in range(0, len(body), size)]
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in [*pieces, b""])
+
+
+def login(body: str | bytes, media_type: str = "application/json") -> bytes:
+    raw = body if isinstance(body, bytes) else body.encode(errors="surrogatepass")
+    return wire("POST /auth/login", raw, Content_Type=media_type, Authorization=None)
+
+
+def form(body: str) -> bytes:
+    return login(body, "application/x-www-form-urlencoded")
+
+
+def archive_of(entries: dict[str, bytes]) -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    return packed.getvalue()
+
+
+def tampered(change: Callable[[zipfile.ZipFile], object], entries: dict[str, bytes] | None = None) -> bytes:
+    """A DOCX whose directory has been changed."""
+    packed = io.BytesIO(docx(entries=entries, compression=zipfile.ZIP_STORED))
+    with zipfile.ZipFile(packed, "a") as archive:
+        change(archive)
+        archive.writestr("last", b"")  # so that the directory is written again
+    return packed.getvalue()
+
+
+def with_fields(name: str, entries: dict[str, bytes] | None = None, **fields: int) -> bytes:
+    """A DOCX whose directory tells these things of one of its entries."""
+    def change(archive: zipfile.ZipFile) -> None:
+        for field, value in fields.items():
+            setattr(archive.getinfo(name), field, value)
+    return tampered(change, entries)
+
+
+def bomb(name: str, megabytes: int) -> bytes:
+    """A DOCX with an entry of zeros, deflated a thousand to one."""
+    deflate, checksum, zeros = zlib.compressobj(9, zlib.DEFLATED, -15), 0, bytes(2**20)
+    piece = deflate.compress(zeros) + deflate.flush(zlib.Z_FULL_FLUSH)
+    for _ in range(megabytes):
+        checksum = zlib.crc32(zeros, checksum)
+    return with_fields(name, {name: piece * megabytes + deflate.flush()}, compress_type=zipfile.ZIP_DEFLATED,
+                       file_size=megabytes * 2**20, CRC=checksum)
+
+
+def listed_again(times: int) -> bytes:
+    """A DOCX whose directory lists one entry so many times more: it would unpack to that many times its size."""
+    return tampered(lambda archive: archive.filelist.extend([archive.filelist[-1]] * times), {"a": bytes(1000)})
+
+
+def typed(xml: str, encoding: str = "utf-8") -> bytes:
+    return docx(entries={"[Content_Types].xml": xml.encode(encoding)})
+
+
+ENTITIES = "<!DOCTYPE Types [<!ENTITY a 'x'>" + "".join(
+    f"<!ENTITY {name} '{f'&{of};' * 10}'>" for of, name in zip("abcdefgh", "bcdefghi")) + "]>"
+EXPANDED = CONTENT_TYPES.replace("?>", f"?>{ENTITIES}").replace("/word", "&i;/word")
+SPREADSHEET = "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet.main+xml"
+TEMPLATE = "application/vnd.openxmlformats-officedocument.wordprocessingml.template.main+xml"
+MACROS = '<Default Extension="bin" ContentType="application/vnd.ms-office.vbaProject"/>'
+DEEP = b"[" * 50_000
+
+BAD_BODY, UNSUPPORTED, TOO_LARGE = (400, "malformed_body"), (415, "unsupported_media_type"), (413, "too_large")
+INVALID, UNKNOWN = (422, "validation_error"), (404, "not_found")
+NO_TOKEN, BAD_TOKEN = (401, "missing_token"), (401, "invalid_token")
+NOT_HTTP = (400, "Invalid HTTP request received.")  # uvicorn's own answer, before there is a request
+
+HOSTILE: dict[str, tuple[bytes, tuple[int, str]]] = {  # a 201 tells the filename, any other its code
+    "multipart: fine": (file("a.pdf"), (201, "a.pdf")),
+    "multipart: not it": (sent(part() + b"--b--", Content_Type="application/pdf"), UNSUPPORTED),
+    "multipart: no type": (sent(part() + b"--b--", Content_Type=None), UNSUPPORTED),
+    "multipart: no boundary": (sent(part() + b"--b--", Content_Type="multipart/form-data"), BAD_BODY),
+    "multipart: empty boundary": (sent(part() + b"--b--", Content_Type="multipart/form-data; boundary="), BAD_BODY),
+    "multipart: wrong boundary": (sent(part() + b"--b--", Content_Type="multipart/form-data; boundary=c"), BAD_BODY),
+    "multipart: boundary of 300": (
+        sent(part() + b"--b--", Content_Type="multipart/form-data; boundary=" + "b" * 300), BAD_BODY),
+    "multipart: no body": (sent(b""), BAD_BODY),
+    "multipart: not closed": (sent(part()), BAD_BODY),
+    "multipart: closed at once": (sent(b"--b--\r\n"), INVALID),
+    "multipart: ends in the header": (sent(part()[:40]), BAD_BODY),
+    "multipart: header of 100 KB": (
+        sent(part(disposition=b'form-data; name="file"; filename="a.pdf"; x=' + b"x" * 100_000) + b"--b--"), BAD_BODY),
+    "multipart: header name of 100 KB": (sent(b"--b\r\n" + b"x" * 100_000 + b": y\r\n\r\n"), BAD_BODY),
+    "multipart: 2,000 headers": (sent(b"--b\r\n" + b"x: y\r\n" * 2000 + b"\r\n\r\n--b--"), BAD_BODY),
+    "multipart: 2,000 parts": (sent(part(b"x", b'form-data; name="x"') * 2000 + part() + b"--b--"), BAD_BODY),
+    "multipart: two files": (sent(part() * 2 + b"--b--"), INVALID),
+    "multipart: file as text": (sent(part(disposition=b'form-data; name="file"') + b"--b--"), INVALID),
+    "multipart: no file": (sent(part(disposition=b'form-data; name="x"; filename="a.pdf"') + b"--b--"), INVALID),
+    "multipart: extended filename": (
+        sent(part(disposition=b"form-data; name=\"file\"; filename*=utf-8''a.pdf") + b"--b--"), INVALID),
+    "multipart: silent client": (sent(part(), Content_Length="1000"), (408, "upload_timeout")),
+    "filename: NUL": (file("a\0b.pdf\0.exe.pdf"), (201, "ab.pdf.exe.pdf")),
+    "filename: NUL before another": (file("a.pdf\0.exe"), UNSUPPORTED),
+    "filename: ../": (file("../../../etc/cron.d/a.pdf"), (201, "a.pdf")),
+    "filename: ..\\": (file("..\\..\\windows\\a.pdf"), (201, "a.pdf")),
+    "filename: dots": (file("../.."), UNSUPPORTED),
+    "filename: folder": (file("a.pdf/"), INVALID),
+    "filename: 10,000 characters": (file("x" * 10_000 + ".pdf"), (201, "x" * 251 + ".pdf")),
+    "filename: right-to-left": (file("a\u202efdp.exe\u202c.pdf"), (201, "afdp.exe.pdf")),
+    "filename: no UTF-8": (file(b"\xff\xc0\xae.pdf"), (201, "\ufffd\ufffd\ufffd.pdf")),
+    "filename: surrogate": (file(b"\xed\xa0\x80.pdf"), (201, "\ufffd\ufffd\ufffd.pdf")),
+    "filename: quotes": (file('a\\"; filename=\\"b.exe\\".pdf'), (201, 'a"; filename="b.exe".pdf')),
+    "filename: line break": (file("a\r\nX-Evil: 1\r\n.pdf"), BAD_BODY),
+    "filename: line feed": (file("a\nX-Evil: 1.pdf"), (201, "aX-Evil: 1.pdf")),
+    "filename: escaped line break": (file("a%0d%0aX-Evil: 1.pdf"), (201, "a%0d%0aX-Evil: 1.pdf")),
+    "length: too small": (sent(part() + b"--b--", Content_Length="100"), BAD_BODY),
+    "length: too large": (sent(part() + b"--b--", Content_Length="1000"), (408, "upload_timeout")),
+    "length: over the limit": (sent(b"", Content_Length=str(UPLOAD_LIMIT + 10**6)), TOO_LARGE),
+    "length: of 19 digits": (sent(b"", Content_Length="9" * 19), TOO_LARGE),
+    "length: of 5,000 digits": (sent(b"", Content_Length="9" * 5000), NOT_HTTP),
+    "length: negative": (sent(b"", Content_Length="-1"), NOT_HTTP),
+    "length: two of them": (sent(b"", Content_Length="1\r\nContent-Length: 2"), NOT_HTTP),
+    "length: exactly the limit": (file("a.pdf", PDF.ljust(UPLOAD_LIMIT)), (201, "a.pdf")),
+    "length: one more": (file("a.pdf", PDF.ljust(UPLOAD_LIMIT + 1)), TOO_LARGE),
+    "chunked: fine": (sent(chunked(part() + b"--b--", 1), Transfer_Encoding="chunked", Content_Length=None),
+                      (201, "a.pdf")),
+    "chunked: over the limit": (
+        sent(chunked(part(PDF.ljust(UPLOAD_LIMIT + 1))), Transfer_Encoding="chunked", Content_Length=None), TOO_LARGE),
+    "chunked: another part over the limit": (
+        sent(chunked(part(bytes(UPLOAD_LIMIT + 10**6), b'form-data; name="x"')), Transfer_Encoding="chunked",
+             Content_Length=None), TOO_LARGE),
+    "chunked: with a length": (sent(chunked(part() + b"--b--"), Transfer_Encoding="chunked"), (201, "a.pdf")),
+    "chunked: not": (sent(b"no size\r\n", Transfer_Encoding="chunked", Content_Length=None), NOT_HTTP),
+
+    "file: empty": (file("a.pdf", b""), INVALID),
+    "file: EXE as PDF": (file("a.pdf", b"MZ\x90\0" + bytes(2000)), UNSUPPORTED),
+    "file: EXE as DOCX": (file("a.docx", b"MZ\x90\0" + bytes(2000)), UNSUPPORTED),
+    "file: EXE": (file("a.exe"), UNSUPPORTED),
+    "file: PDF as DOCX": (file("a.docx", PDF), UNSUPPORTED),
+    "file: DOCX as PDF": (file("a.pdf", docx()), UNSUPPORTED),
+    "file: PDF behind 1,024 bytes": (file("a.pdf", bytes(1024) + PDF), UNSUPPORTED),
+    "file: no PDF, and no end": (sent(part(bytes(1100)), Content_Length="1000000"), UNSUPPORTED),
+    "file: XLSX": (file("a.docx", docx(SPREADSHEET)), UNSUPPORTED),
+    "file: ODT": (file("a.docx", archive_of({
+        "mimetype": b"application/vnd.oasis.opendocument.text", "content.xml": b"<x/>"})), UNSUPPORTED),
+    "file: macro-enabled": (
+        file("a.docx", docx("application/vnd.ms-word.document.macroEnabled.main+xml")), UNSUPPORTED),
+    "file: macros all the same": (file("a.docx", typed(CONTENT_TYPES.replace("</", f"{MACROS}</"))), UNSUPPORTED),
+    "file: template": (file("a.docx", docx(TEMPLATE)), UNSUPPORTED),
+    "file: encrypted": (file("a.docx", bytes.fromhex("d0cf11e0a1b11ae1") + bytes(2000)), UNSUPPORTED),
+    "file: encrypted ZIP": (file("a.docx", with_fields("word/document.xml", flag_bits=1)), UNSUPPORTED),
+    "file: unknown compression": (file("a.docx", with_fields("word/document.xml", compress_type=14)), UNSUPPORTED),
+    "file: truncated": (file("a.docx", docx()[:-30]), UNSUPPORTED),
+    "file: the start of one": (file("a.docx", docx()[:8]), UNSUPPORTED),
+    "file: not from the start": (file("a.docx", b"x" + docx()), UNSUPPORTED),
+    "file: 1000:1 content types": (file("a.docx", bomb("[Content_Types].xml", 3)), UNSUPPORTED),
+    "file: overlapping entries": (file("a.docx", listed_again(100)), UNSUPPORTED),
+    "file: 10,001 entries": (
+        file("a.docx", docx(entries={str(i): b"" for i in range(9999)}, compression=zipfile.ZIP_STORED)), UNSUPPORTED),
+    "file: 100,000 entries": (file("a.docx", listed_again(99_997)), UNSUPPORTED),
+    "file: lying size": (file("a.docx", with_fields("[Content_Types].xml", file_size=10)), UNSUPPORTED),
+    "file: lying packed size": (file("a.docx", with_fields("[Content_Types].xml", compress_size=2**31)), UNSUPPORTED),
+    "file: lying offset": (file("a.docx", with_fields("[Content_Types].xml", header_offset=2**31)), UNSUPPORTED),
+    "file: two content types": (
+        file("a.docx", docx(entries={"[Content_Types].xmm": b"<x/>"}).replace(b".xmm", b".xml")), UNSUPPORTED),
+    "file: two, in other letters": (file("a.docx", docx(entries={"[CONTENT_TYPES].XML": b"<x/>"})), UNSUPPORTED),
+    "file: no XML": (file("a.docx", typed(CONTENT_TYPES[:-1])), UNSUPPORTED),
+    "file: entity bomb": (file("a.docx", typed(EXPANDED)), UNSUPPORTED),
+    "file: entity bomb in UTF-16": (file("a.docx", typed(EXPANDED, "utf-16")), UNSUPPORTED),
+    "file: external entity": (file("a.docx", typed(CONTENT_TYPES.replace(
+        "?>", "?><!DOCTYPE Types SYSTEM 'file:///etc/passwd'>"))), UNSUPPORTED),
+    "file: encoding that only Python knows": (file("a.docx", typed(CONTENT_TYPES.replace(
+        "?>", " encoding='unicode_escape'?>"))), UNSUPPORTED),
+
+    "JSON: NaN": (login('{"username": NaN, "password": Infinity}'), INVALID),
+    "JSON: lone surrogate": (login('{"username": "\\ud800", "password": "x"}'), INVALID),
+    "JSON: raw surrogate": (login('{"username": "\ud800", "password": "x"}'), INVALID),
+    "JSON: no UTF-8": (login(b'{"username": "\xff", "password": "x"}'), INVALID),
+    "JSON: UTF-16": (login('{"username": "x", "password": "x"}'.encode("utf-16")), INVALID),
+    "JSON: 50,000 nested arrays": (login(DEEP), INVALID),
+    "JSON: 50,000 nested in a field": (login(b'{"username": "x", "password": ' + DEEP), INVALID),
+    "JSON: array for an object": (login('["x", "x"]'), INVALID),
+    "JSON: array for a string": (login('{"username": ["x"], "password": {"x": "x"}}'), INVALID),
+    "JSON: 5,000-digit number": (login('{"username": "x", "password": ' + "9" * 5000 + "}"), INVALID),
+    "JSON: huge exponent": (login('{"username": "x", "password": 1e999999999}'), INVALID),
+    "JSON: null": (login("null"), INVALID),
+    "JSON: empty": (login(""), INVALID),
+    "JSON: truncated": (login('{"username": "x'), INVALID),
+    "JSON: as text": (login('{"username": "x", "password": "x"}', "text/plain"), UNSUPPORTED),
+    "form: surrogate": (form("username=%ED%A0%80&password=x"), INVALID),
+    "form: no UTF-8": (form("username=%FF&password=x"), INVALID),
+    "form: a field twice": (form("username=x&username=y&password=x"), INVALID),
+    "form: 7,000 fields": (
+        form("username=x&password=x" + "".join(f"&x{i}=x" for i in range(7000))), (401, "invalid_grant")),
+    "form: multipart": (login(part() + b"--b--", "multipart/form-data; boundary=b"), UNSUPPORTED),
+    "query: 2^63": (wire("GET /documents?limit=9223372036854775808"), INVALID),
+    "query: 5,000 digits": (wire("GET /documents?limit=" + "9" * 5000), INVALID),
+    "query: negative": (wire("GET /documents?limit=-1"), INVALID),
+    "query: huge": (wire("GET /documents?limit=1000000000"), INVALID),
+    "query: other digits": (wire("GET /documents?limit=%EF%BC%91"), INVALID),
+    "query: NUL": (wire("GET /documents?limit=1%00"), INVALID),
+    "query: status": (wire("GET /documents?status=uploaded'--"), INVALID),
+    "query: broken cursor": (wire("GET /documents?cursor=%FF%00"), INVALID),
+    "query: forged cursor": (wire("GET /documents?cursor=MjAyNiAnIE9SIDE9MQ=="), INVALID),
+    "query: cursor of 60 KB": (wire("GET /documents?cursor=" + "A" * 60_000), INVALID),
+    "path: no UUID": (wire("GET /documents/1"), UNKNOWN),
+    "path: nearly one": (wire("GET /documents/00000000-0000-4000-8000-00000000000g"), UNKNOWN),
+    "path: ..": (wire("GET /documents/../../etc/passwd"), UNKNOWN),
+    "path: escaped slash": (wire("GET /documents/..%2f..%2fdocuments.db"), UNKNOWN),
+    "path: escaped slash for one": (wire(f"GET {PROTECTED[2][1]}%2ffile"), UNKNOWN),
+    "path: no UTF-8": (wire("GET /documents/%ff%c0%ae"), UNKNOWN),
+    "path: NUL": (wire("DELETE /documents/%00"), UNKNOWN),
+    "path: raw byte": (wire("GET /documents/\xff"), NOT_HTTP),
+    "path: of 60 KB": (wire("GET /documents/" + "a" * 60_000), UNKNOWN),
+    "method: unknown": (wire("BREW /documents"), (405, "method_not_allowed")),
+    "header: without an end": (wire("GET /documents", X="x" * 65_500)[:-4], NOT_HTTP),
+
+    "token: none": (wire("GET /documents", Authorization=None), NO_TOKEN),
+    "token: Basic": (wire("GET /documents", Authorization="Basic TOKEN"), NO_TOKEN),
+    "token: nothing behind Bearer": (wire("GET /documents", Authorization="Bearer"), BAD_TOKEN),
+    "token: in the query": (wire("GET /documents?access_token=TOKEN&token=TOKEN", Authorization=None), NO_TOKEN),
+    "token: in a cookie": (wire("GET /documents", Authorization=None, Cookie="access_token=TOKEN"), NO_TOKEN),
+    "token: trailing =": (wire("GET /documents", Authorization="Bearer TOKEN="), BAD_TOKEN),
+    "token: blank in it": (wire("GET /documents", Authorization="Bearer TOKEN x"), BAD_TOKEN),
+    "token: two headers": (
+        wire("GET /documents", Authorization="Bearer TOKEN\r\nAuthorization: Bearer TOKEN"), BAD_TOKEN),
+    "token: Basic before it": (
+        wire("GET /documents", Authorization="Basic YTpi\r\nAuthorization: Bearer TOKEN"), NO_TOKEN),
+    "token: 60 KB": (wire("GET /documents", Authorization="Bearer x." + "A" * 60_000 + ".x"), BAD_TOKEN),
+    "token: no ASCII": (wire("GET /documents", Authorization="Bearer \xe9.\xe9.\xe9"), BAD_TOKEN),
+    "token: before the body": (
+        sent(b"", Authorization=None, Content_Type=None, Content_Length=str(10**12)), NO_TOKEN),
+    "login: password of 1 MB": (login('{"username": "x", "password": "' + "x" * 10**6 + '"}'), TOO_LARGE),
+    "login: form of 1 MB": (form("username=x&password=" + "x" * 10**6), TOO_LARGE),
+    "login: password of 1,025": (form("username=x&password=" + "x" * 1025), INVALID),
+    "login: no password": (form("username=x&password="), INVALID),
+    "login: silent client": (wire("POST /auth/login", Content_Type="application/json", Content_Length="9"),
+                             (408, "upload_timeout")),
+    "refresh: 60 KB": (wire("POST /auth/refresh", b'{"refresh_token": "%b"}' % (b"A" * 60_000),
+                            Content_Type="application/json"), INVALID),
+}
+
+
+@pytest.mark.parametrize("request_bytes, expected", HOSTILE.values(), ids=HOSTILE.keys())
+def test_hostile_input(target: Target, request_bytes: bytes, expected: tuple[int, str]) -> None:
+    client = target[0]
+    with unharmed(target):
+        status, body = exchange(client, request_bytes)
+        assert (status, body.get("code", body.get("filename"))) == expected
+        if status == 201:
+            answer = client.get(f"/documents/{body['document_id']}/file")
+            assert answer.status_code == 200 and "X-Evil" not in answer.headers
+            assert re.fullmatch(r"attachment; filename=\"[ !#-~]+\"; filename\*=UTF-8''[\w.~%-]+",
+                                answer.headers["Content-Disposition"])
+            assert client.delete(f"/documents/{body['document_id']}").status_code == 204
+
+
+DAMAGED: dict[str, tuple[str, bytes]] = {
+    "truncated PDF": ("a.pdf", PDF[:-7]),
+    "lying size": ("a.docx", with_fields("word/document.xml", file_size=5)),
+    "wrong checksum": ("a.docx", with_fields("word/document.xml", CRC=1)),
+    "no deflate": ("a.docx", with_fields("word/document.xml", compress_type=zipfile.ZIP_DEFLATED)),
+    "another name inside": ("a.docx", docx().replace(b"word/document.xml", b"word/documint.xml", 1)),
+}
+
+
+@pytest.mark.parametrize("filename, content", DAMAGED.values(), ids=DAMAGED.keys())
+def test_hostile_files_end_failed(target: Target, filename: str, content: bytes) -> None:
+    client = target[0]
+    with unharmed(target):
+        path = uploaded(client, content, filename)
+        status = processed(client, path)
+        assert (status["status"], status["error"]["code"]) == ("FAILED", "damaged_document")
+        assert client.delete(path).status_code == 204
+
+
+def test_a_client_that_goes_leaves_nothing(target: Target) -> None:
+    client, settings = target
+    with unharmed(target):
+        before = stored_files(settings)
+        with connected(client) as connection:
+            token = client.headers["Authorization"].removeprefix("Bearer ").encode()
+            connection.sendall(sent(part(PDF.ljust(10**5)), Content_Length=str(10**6)).replace(b"TOKEN", token))
+            until(lambda: [name for name in stored_files(settings) if name.endswith(".part")])
+        until(lambda: stored_files(settings) == before)
+
+
+def peak_memory(server: Server) -> int:
+    """Bytes (proc(5))."""
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    return 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0])
+
+
+def test_bombs_take_little_memory(tmp_path: Path) -> None:
+    with Server(tmp_path, DOCS_PROCESS_SECONDS="0") as server, server.client() as client:
+        assert processed(client, uploaded(client, docx(), "a.docx"))["status"] == "COMPLETED"
+        before = peak_memory(server)
+        with ThreadPoolExecutor(4) as pool:
+            bombs = [bomb("[Content_Types].xml", 600)] * 4
+            assert [answer.status_code for answer in pool.map(
+                lambda content: upload(client, content, "a.docx"), bombs)] == [415] * 4
+        status = processed(client, uploaded(client, bomb("word/media.bin", 600), "a.docx"))
+        assert (status["status"], status["error"]["code"]) == ("FAILED", "damaged_document")
+        assert peak_memory(server) - before < 64 * 2**20
+
+
+# Hostile tokens
+
+
+def jws(header: dict[str, Any], payload: dict[str, Any], digest: str = "sha256", secret: str = SECRET) -> str:
+    """Any token, signed with HMAC; None leaves out a field. No digest: no signature."""
+    def encoded(data: bytes) -> bytes:
+        return base64.urlsafe_b64encode(data).rstrip(b"=")
+    parts = [{name: value for name, value in fields.items() if value is not None} for fields in (header, payload)]
+    signed = b".".join(encoded(json.dumps(fields).encode()) for fields in parts)
+    return b".".join((signed, encoded(hmac.digest(secret.encode(), signed, digest) if digest else b""))).decode()
+
+
+FORGED: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {  # changes of header and payload, signature
+    "another key": ({}, {}, "sha256", "x" * 32), "empty key": ({}, {}, "sha256", ""),
+    **{f"alg {alg}": ({"alg": alg}, {}, "", SECRET) for alg in ("none", "None", "NONE", "nOnE", "", "HS256")},
+    **{f"alg {alg}, signed": ({"alg": alg}, {}, "sha256", SECRET) for alg in ("none", "hs256", "RS256", "ES256")},
+    "alg HS512": ({"alg": "HS512"}, {}, "sha512", SECRET), "alg HS384": ({"alg": "HS384"}, {}, "sha384", SECRET),
+    "no alg": ({"alg": None}, {}, "sha256", SECRET),
+    "expired": ({}, {"exp": 1}, "sha256", SECRET), "expires as text": ({}, {"exp": "never"}, "sha256", SECRET),
+    "not yet valid": ({}, {"nbf": 2**33}, "sha256", SECRET), "of the future": ({}, {"iat": 2**33}, "sha256", SECRET),
+    **{f"no {claim}": ({}, {claim: None}, "sha256", SECRET)
+       for claim in ("iss", "aud", "sub", "iat", "exp", "jti", "sid")},
+    "another issuer": ({}, {"iss": "x"}, "sha256", SECRET), "another audience": ({}, {"aud": "x"}, "sha256", SECRET),
+    "two audiences": ({}, {"aud": [auth.ISSUER, "x"]}, "sha256", SECRET),
+    "another session": ({}, {"sid": "00000000-0000-4000-8000-000000000000"}, "sha256", SECRET),
+    "refresh as access": ({"typ": auth.REFRESH}, {}, "sha256", SECRET),
+    "typ JWT": ({"typ": "JWT"}, {}, "sha256", SECRET), "no typ": ({"typ": None}, {}, "sha256", SECRET),
+    "kid": ({"kid": "../../dev/null"}, {}, "sha256", SECRET),
+    "jku": ({"jku": "http://127.0.0.1/keys"}, {}, "sha256", SECRET),
+    "jwk": ({"jwk": {"kty": "oct", "k": ""}}, {}, "sha256", SECRET),
+    "crit": ({"crit": ["exp"]}, {}, "sha256", SECRET), "b64": ({"b64": False, "crit": ["b64"]}, {}, "sha256", SECRET),
+}
+Fields = tuple[dict[str, Any], dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def good_token(target: Target) -> Fields:
+    """Its header and payload."""
+    header, payload, _ = log_in(target[0])["access_token"].split(".")
+    return json.loads(base64.urlsafe_b64decode(header + "==")), json.loads(base64.urlsafe_b64decode(payload + "=="))
+
+
+def challenge(client: httpx.Client, token: str) -> tuple[int, str | None]:
+    answer = client.get("/documents?limit=1", headers={"Authorization": f"Bearer {token}"})
+    return answer.status_code, answer.headers.get("WWW-Authenticate")
+
+
+REFUSED = (401, 'Bearer error="invalid_token"')
+
+
+@pytest.mark.parametrize("header, payload, digest, secret", FORGED.values(), ids=FORGED.keys())
+def test_a_forged_token_is_refused(target: Target, good_token: Fields, header: dict[str, Any],
+                                   payload: dict[str, Any], digest: str, secret: str) -> None:
+    assert challenge(target[0], jws(*good_token)) == (200, None)  # so it is the change that makes it bad
+    assert challenge(target[0], jws(good_token[0] | header, good_token[1] | payload, digest, secret)) == REFUSED
+
+
+def test_a_changed_token_is_refused(target: Target, good_token: Fields) -> None:
+    header, payload, signature = jws(*good_token).split(".")
+    other = jws(good_token[0], good_token[1] | {"sub": "x"}).split(".")[1]
+    flipped = ("B" if signature[0] == "A" else "A") + signature[1:]
+    for parts in ((header, other, signature), (header, payload, flipped), (header, payload, signature[:-1]),
+                  (header, payload, ""), (header, payload), (header, payload, signature, signature),
+                  (header, payload, signature + "="), (header + "=", payload, signature)):
+        assert challenge(target[0], ".".join(parts)) == REFUSED, parts
+
+
+def test_tokens_of_one_kind_are_none_of_the_other(target: Target) -> None:
+    tokens = log_in(target[0])
+    assert challenge(target[0], tokens["refresh_token"]) == REFUSED
+    answer = refresh(target[0], tokens["access_token"])
+    assert (answer.status_code, answer.json()["code"]) == (401, "invalid_grant")
+    assert refresh(target[0], tokens["refresh_token"]).status_code == 200  # no harm was done
+
+
+# Hostile logins
+
+
+def guess(client: httpx.Client, password: str, username: str = "admin", forwarded_for: str | None = None) -> int:
+    headers = {"X-Forwarded-For": forwarded_for} if forwarded_for else {}
+    return client.post("/auth/login", data={"username": username, "password": password}, headers=headers).status_code
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passwords that are set in this test cost no time."""
+    monkeypatch.setattr(auth, "SCRYPT_N", 16)
+
+
+def test_every_login_is_the_same_work_whoever_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work: list[dict[str, Any]] = []
+    scrypt = hashlib.scrypt
+
+    def counted(secret: bytes, **options: Any) -> bytes:
+        work.append({**options, "salt": len(options["salt"])})
+        return scrypt(secret, **options)
+
+    with running(settings_in(tmp_path)) as client:
+        monkeypatch.setattr(hashlib, "scrypt", counted)
+        for username, password, status in (
+                ("admin", PASSWORD, 200), ("admin", "x", 401), ("nobody", "x", 401), ("nobody", PASSWORD, 401)):
+            assert guess(client, password, username) == status
+    assert len(work) == 4 and all(done == work[0] for done in work)
+
+
+def test_parallel_logins_all_succeed_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auth, "SCRYPT_P", 1)  # a fifth of the time, and as much memory as ever
+    with Server(tmp_path) as server, server.client() as client, ThreadPoolExecutor(100) as pool:
+        database = Database(tmp_path / "data" / "documents.db")
+        database.set_user("eve", auth.hash_password("eve")).result()
+        database.close()
+        assert guess(client, "eve", "eve") == 200
+        before = peak_memory(server)
+        assert set(pool.map(lambda _: guess(client, "eve", "eve"), range(100))) == {200}
+        assert peak_memory(server) - before < 64 * 2**20  # 16 MiB each, but only two at a time
+
+
+def test_of_parallel_guesses_only_five_are_answered(tmp_path: Path, quick: None) -> None:
+    with running(settings_in(tmp_path)) as client, ThreadPoolExecutor(30) as pool:
+        assert sorted(pool.map(lambda i: guess(client, f"wrong {i}"), range(30))) == [401] * 5 + [429] * 25
+        assert guess(client, PASSWORD) == 429
+
+
+def test_a_right_guess_among_wrong_ones_is_not_told_apart(
+        tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    verify, arrived, go = auth.verify_password, threading.Event(), threading.Event()
+
+    def held(password: str, password_hash: str | None) -> bool:
+        if password == PASSWORD:
+            arrived.set()
+            assert go.wait(30)
+        return verify(password, password_hash)
+
+    with running(settings_in(tmp_path)) as client, ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(auth, "verify_password", held)
+        right = pool.submit(guess, client, PASSWORD)
+        assert arrived.wait(30)  # it was let in before there was any failure
+        assert [guess(client, "wrong") for _ in range(6)] == [401] * 5 + [429]
+        go.set()
+        assert right.result() == 429
+
+
+def test_a_made_up_address_neither_dodges_the_throttle_nor_locks_another_out(tmp_path: Path, quick: None) -> None:
+    made_up = ["10.0.0.1", "10.0.0.2:99", "127.0.0.3", "10.0.0.4: 9", "[::1]:1", "x", "127.0.0.3, 10.0.0.5", "::"]
+    with running(settings_in(tmp_path)) as client:
+        assert [guess(client, "wrong", forwarded_for=address) for address in made_up] == [401] * 5 + [429] * 3
+        assert guess(client, PASSWORD, forwarded_for="127.0.0.1") == 429
+        for address in ("127.0.0.3", "127.0.0.4"):  # the one was made up by others, the other makes them up
+            elsewhere = httpx.HTTPTransport(local_address=address)
+            with httpx.Client(base_url=client.base_url, transport=elsewhere) as other:
+                assert guess(other, PASSWORD) == 200
+        with httpx.Client(base_url=client.base_url, transport=httpx.HTTPTransport(local_address=address)) as other:
+            assert [guess(other, "wrong", forwarded_for=address) for address in made_up] == [401] * 5 + [429] * 3
+            assert guess(other, PASSWORD) == 429
+
+
+def test_a_trusted_proxy_tells_the_address(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "127.0.0.1")
+    with running(settings_in(tmp_path)) as client:
+        made_up = [f"10.0.0.{i}, 192.0.2.1" for i in range(6)]  # the proxy has added the last one
+        assert [guess(client, "wrong", forwarded_for=address) for address in made_up] == [401] * 5 + [429]
+        assert guess(client, PASSWORD, forwarded_for="192.0.2.2") == 200
+
+
+# The log under fire
+
+
+def test_secrets_and_contents_reach_neither_log_nor_error(tmp_path: Path) -> None:
+    canary, fields = "canary-4711", "application/x-www-form-urlencoded"
+    content = canary.encode()
+    requests = [
+        login(f'{{"username": "x", "password": "{canary}"}}'), login(f'{{"username": 1, "password": "{canary}"}}'),
+        login(f'{{"{canary}": {canary}'), login(f'["{canary}"]'), form(f"username=x&password={canary}"),
+        form(f"username=x&password={canary}&password={canary}"), form(f"{canary}=%FF"),
+        wire("POST /auth/refresh", b"refresh_token=" + content, Content_Type=fields),
+        wire("POST /auth/logout", b"refresh_token=" + content, Content_Type=fields),
+        *(wire(f"GET /{path}{canary}") for path in (
+            "?", "documents?", "documents?limit=", "documents?cursor=", "documents?status=", "docs?")),
+        wire(f"PUT /documents?{canary}"), wire(f"GET /documents?access_token={canary}", Authorization=None),
+        *(wire("GET /documents", Authorization=f"{scheme}{canary}") for scheme in ("", "Basic ", "Bearer ")),
+        wire("GET /documents", Authorization=f"Bearer {canary}\r\nAuthorization: Bearer {canary}"),
+        wire("GET /documents", Cookie=canary, X_Api_Key=canary), wire("GET /", b"", **{canary: "\0"}), wire(canary),
+        sent(content), sent(b"--b\r\n\xff" + content), sent(part(PDF + content)[:-5]),
+        sent(part(disposition=b"form-data; name=" + content) + part(content) + b"--b--"),
+        sent(b"", Content_Type=f"multipart/form-data; boundary={canary * 30}"),
+        sent(part() + b"--b--", Idempotency_Key=f"{canary} \xff"),
+        file("a.pdf", content), file("a.docx", b"PK\3\4" + content), file("a.docx", typed(f"<{canary}>"))]
+    damaged = docx(entries={canary: content}, compression=zipfile.ZIP_STORED).replace(content * 2, content + b"x" * 11)
+    with Server(tmp_path, DOCS_PROCESS_SECONDS="0", DOCS_LOG_LEVEL="DEBUG") as server, server.client() as client:
+        answers = [exchange(client, request) for request in requests]
+        assert {status // 100 for status, _ in answers} == {2, 4} and canary not in json.dumps(answers)
+        for document, filename in ((damaged, "a.docx"), (PDF[:-7] + content, "a.pdf")):
+            status = processed(client, uploaded(client, document, filename))
+            assert status["status"] == "FAILED" and canary not in json.dumps(status)
+        tokens = log_in(client)
+        for _ in range(2):
+            refresh(client, tokens["refresh_token"])
+        key = (tmp_path / "data" / "jwt-secret").read_text()
+    assert len([line for line in server.lines() if line["event"] == "request"]) > len(requests) - 5
+    for secret in (canary, PASSWORD, key, tokens["access_token"], tokens["refresh_token"],
+                   client.headers["Authorization"].removeprefix("Bearer ")):
+        assert secret not in server.output()
+
+
+def test_an_unexpected_error_is_logged_without_its_text(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    text = "canary"
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError(text)
+
+    def pipeline(*_: Any) -> Any:
+        raise ValueError(text) from OSError(text)
+
+    with running(settings_in(tmp_path), pipeline=pipeline) as client:
+        assert processed(client, uploaded(client))["status"] == "FAILED"
+        monkeypatch.setattr(Database, "documents", broken)
+        assert client.get("/documents").status_code == 500
+    lines = [main.JsonFormatter().format(record) for record in caplog.records]
+    told = {line["event"]: line for line in map(json.loads, lines)}
+    assert told["unhandled_error"]["error"] == "RuntimeError" and "in broken" in told["unhandled_error"]["stack"]
+    assert "ValueError" in str(told["process_failed"]) and "in pipeline" in told["process_failed"]["stack"]
+    assert text not in str(lines)
+
+
+def test_no_byte_of_a_request_breaks_a_line(tmp_path: Path) -> None:
+    with Server(tmp_path) as server, server.client() as client:
+        for byte in range(256):
+            assert exchange(client, wire(f"GET /%{byte:02x}"))[0] in (404, 405)
+        for byte in (0, 1, 9, 11, 12, 27, 127, 128, 133, 155, 160, 255):
+            raw = f"1{byte:c}1"
+            exchange(client, wire("GET /", X_Forwarded_For=raw, User_Agent=raw, X_Request_ID=raw))
+        for name in ('\r\n{"event": "forged"}', "\u2028\u2029\x85", "\x1b[2J", "\U0001f600", '"\\', "\0"):
+            assert guess(client, "x", name) == 401
+        assert exchange(client, wire("GET /" + "%0a" * 20_000))[0] == 404
+    output = server.output_file.read_bytes()
+    lines = [json.loads(line) for line in output.split(b"\n")[:-1]]
+    assert all({"timestamp", "level", "logger", "event"} <= set(line) for line in lines)
+    assert "forged" not in {line["event"] for line in lines}
+    assert len([line for line in lines if line["event"] == "login_failed"]) == 6
+    assert max(map(len, output.split(b"\n"))) < 4096 and not re.search(rb"[^\x20-\x7e\n]", output)
+
+
+@pytest.mark.parametrize("kind", ["closed", "full", "broken", "unread"])
+def test_a_log_that_goes_nowhere_does_not_stop_the_service(tmp_path: Path, kind: str) -> None:
+    reader, writer = os.pipe()
+    with open("/dev/full", "wb") as full, open(reader, "rb", 0) as pipe:
+        stdout = {"closed": None, "full": full.fileno()}.get(kind, writer)
+        server = Server(tmp_path, stdout=stdout, DOCS_PROCESS_SECONDS="0")
+        os.close(writer)
+        if kind == "broken":
+            pipe.close()
+        with server, server.client() as client:
+            assert all(client.get("/healthz").status_code == 200 for _ in range(300))  # a pipe takes 64 KiB
+            assert processed(client, uploaded(client))["status"] == "COMPLETED"
+            if kind == "unread":
+                os.set_blocking(reader, False)
+                lines: list[dict[str, Any]] = []
+
+                def lost() -> int:
+                    assert client.get("/healthz").status_code == 200
+                    lines.extend(json.loads(line) for line in (pipe.read(2**20) or b"").splitlines())
+                    return sum(line.get("lines_lost_before", 0) for line in lines)
+
+                assert until(lost) + len(lines) > 300
+        assert server.output() == ""
+
+
+# Crashes
+
+
+def settled(client: httpx.Client, data: Path) -> dict[str, dict[str, Any]]:
+    """All documents by id, once every run has ended by itself and the sweep is through, with all that holds then."""
+    until(lambda: client.get("/documents?status=PROCESSING").json() == [])
+    url, documents = "/documents?limit=200", dict[str, dict[str, Any]]()
+    while url:
+        answer = client.get(url)
+        documents |= {document["document_id"]: document for document in answer.json()}
+        url = answer.links.get("next", {}).get("url", "")
+    with contextlib.suppress(AssertionError):  # the comparison below says more
+        until(lambda: set(os.listdir(data / "files")) == set(documents), 5)
+    assert {name: hashlib.sha256((data / "files" / name).read_bytes()).hexdigest()
+            for name in os.listdir(data / "files")} == {key: value["sha256"] for key, value in documents.items()}
+    with contextlib.closing(sqlite3.connect(f"file:{data}/documents.db?mode=ro", uri=True)) as database:
+        assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert database.execute("PRAGMA foreign_key_check").fetchall() == []
+        results = database.execute("SELECT document_id, result FROM results").fetchall()
+    assert sorted((key, json.loads(result)["source"]["sha256"]) for key, result in results) == sorted(
+        (key, value["sha256"]) for key, value in documents.items() if value["status"] == "COMPLETED")
+    return documents
+
+
+def age_files(data: Path) -> None:
+    """Makes all files old enough for the sweep; only while no upload is under way."""
+    for path in (data / "files").glob("*"):
+        os.utime(path, (0, 0))
+
+
+class Load:
+    """Threads that upload, process and delete, and a ledger of what was answered and what is in doubt."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.uploaded: dict[str, str] = {}  # answered with 201 and not deleted: the SHA-256
+        self.processed: set[str] = set()  # answered with 202
+        self.deleted: set[str] = set()  # answered with 204
+        self.doubtful_uploads: dict[str, bytes] = {}  # no answer: the content by Idempotency-Key
+        self.doubtful_deletes: set[str] = set()
+        self._ended: dict[str, str] = {}  # when the run ended
+
+    @contextlib.contextmanager
+    def on(self, client: httpx.Client) -> Iterator[None]:
+        stop = threading.Event()
+
+        def work() -> None:
+            while not stop.is_set():
+                with contextlib.suppress(httpx.TransportError):
+                    self._one_document(client)
+
+        with ThreadPoolExecutor(4) as pool:
+            threads = [pool.submit(work) for _ in range(4)]
+            try:
+                yield
+            finally:
+                stop.set()
+        for thread in threads:
+            thread.result()
+
+    def _one_document(self, client: httpx.Client) -> None:
+        key, content = uuid.uuid4().hex, b"%PDF-1.7" + os.urandom(random.randrange(40_000)) + b"%%EOF"
+        self.doubtful_uploads[key] = content
+        document_id = self._upload(client, key).json()["document_id"]
+        if random.random() < 0.7:
+            answer = client.post(f"/documents/{document_id}/process")
+            assert answer.status_code == 202, answer.text
+            self.processed.add(document_id)
+            self.counts["runs"] += 1
+        if random.random() < 0.4:
+            self.doubtful_deletes.add(document_id)
+            answer = client.delete(f"/documents/{document_id}")
+            assert answer.status_code == 204, answer.text
+            self.doubtful_deletes.remove(document_id)
+            del self.uploaded[document_id]
+            self.deleted.add(document_id)
+            self.counts["deletes"] += 1
+
+    def _upload(self, client: httpx.Client, key: str) -> httpx.Response:
+        answer = upload(client, self.doubtful_uploads[key], **{"Idempotency-Key": key})
+        assert answer.status_code == 201, answer.text
+        content = self.doubtful_uploads.pop(key)
+        self.uploaded[answer.json()["document_id"]] = hashlib.sha256(content).hexdigest()
+        self.counts["uploads"] += 1
+        return answer
+
+    def check(self, client: httpx.Client, data: Path) -> None:
+        """That all is there which was answered, and that what is in doubt happened wholly or not at all."""
+        documents = settled(client, data)
+        self.counts["in doubt"] += len(self.doubtful_uploads) + len(self.doubtful_deletes)
+        for document_id in self.doubtful_deletes - set(documents):
+            del self.uploaded[document_id]
+        self.doubtful_deletes.clear()
+        assert self.uploaded.items() <= {key: value["sha256"] for key, value in documents.items()}.items()
+        assert not self.deleted & set(documents)
+        done = {documents[key]["sha256"]: key for key in set(documents) - set(self.uploaded)}
+        for key, content in list(self.doubtful_uploads.items()):  # the client asks again
+            known = done.pop(hashlib.sha256(content).hexdigest(), None)
+            answer = self._upload(client, key)
+            assert ("Idempotency-Replayed" in answer.headers) == (known is not None)
+            assert known in (None, answer.json()["document_id"])
+        assert not done  # no document that nobody sent
+        for document_id in self.processed & set(documents):
+            assert documents[document_id]["status"] in ("COMPLETED", "FAILED")
+            ended = self._ended.setdefault(document_id, documents[document_id]["updated_at"])
+            assert ended == documents[document_id]["updated_at"]  # the result stands
+            self.counts["failed runs"] += documents[document_id]["status"] == "FAILED"
+        document_id = random.choice(list(self.uploaded))
+        content = client.get(f"/documents/{document_id}/file").content
+        assert hashlib.sha256(content).hexdigest() == self.uploaded[document_id]
+
+    def print(self, title: str, rounds: int) -> None:
+        print(f"\n{title}: {rounds} rounds,", ", ".join(f"{count} {what}" for what, count in self.counts.items()))
+
+
+KILL_ROUNDS = int(os.environ.get("KILL_ROUNDS", "10"))
+QUICK = {"DOCS_LEASE_SECONDS": "0.5", "DOCS_PROCESS_SECONDS": "0.1", "DOCS_PROCESS_WORKERS": "16",
+         "DOCS_ACCESS_TOKEN_SECONDS": "86400"}
+
+
+def ended_runs(folder: Path) -> Counter[str]:
+    """How often the logs of all servers in this folder say so of each document."""
+    lines = [line for file in folder.glob("output-*") for line in file.read_text().splitlines()]
+    return Counter(json.loads(line)["document_id"] for line in lines if '"process_completed"' in line)
+
+
+def test_nothing_answered_is_lost_when_the_server_is_killed(tmp_path: Path) -> None:
+    data, load, token = tmp_path / "data", Load(), dict[str, str]()
+    for _ in range(KILL_ROUNDS):
+        with Server(tmp_path, **QUICK) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+            token = token or {"Authorization": f"Bearer {log_in(client)['access_token']}"}
+            client.headers.update(token)  # a session too outlives the crash
+            if load.uploaded:
+                load.check(client, data)
+            with load.on(client):
+                time.sleep(random.uniform(0.05, 0.6))
+                server.process.kill()
+        if random.random() < 0.2:
+            starting = Server(tmp_path, **QUICK)
+            time.sleep(random.uniform(0.1, 0.5))
+            starting.process.kill()
+            starting.process.wait()
+        age_files(data)
+    with Server(tmp_path, **QUICK) as server, httpx.Client(base_url=server.url, headers=token, timeout=60) as client:
+        load.check(client, data)
+    assert set(ended_runs(tmp_path).values()) == {1}
+    load.print("server killed", KILL_ROUNDS)
+
+
+def test_nothing_answered_is_lost_when_one_of_two_workers_is_killed(tmp_path: Path) -> None:
+    data, load, rounds, killed = tmp_path / "data", Load(), max(1, KILL_ROUNDS // 3), set[int]()
+
+    with Server(tmp_path, "--workers", "2", **QUICK) as server, server.client() as client:
+        client.headers["Connection"] = "close"  # either worker may take the next request
+
+        def both() -> list[int]:
+            alive = set(map(int, re.findall(r"Started server process \[(\d+)\]", server.output()))) - killed
+            return list(alive) if len(alive) == 2 else []
+
+        def kill(pid: int) -> None:
+            os.kill(pid, signal.SIGKILL)
+            killed.add(pid)
+
+        for _ in range(rounds):
+            first, second = random.sample(until(both), 2)
+            with load.on(client):
+                time.sleep(random.uniform(0.05, 0.5))
+                kill(first)
+                before = load.counts["uploads"]
+                until(lambda: load.counts["uploads"] > before + 5)  # the other one goes on
+            age_files(data)
+            kill(second)  # whoever comes in its place sweeps
+            until(both)
+            load.check(client, data)
+    assert set(ended_runs(tmp_path).values()) == {1}
+    load.print("one of two workers killed", rounds)
+
+
+# Step by step
+
+
+class StepWriter:
+    def __init__(self, writer: Writer, tell: Callable[[str], None]) -> None:
+        self._writer, self._tell = writer, tell
+
+    def write(self, data: bytes) -> None:
+        self._tell("write")
+        self._writer.write(data)
+
+    def commit(self) -> None:
+        self._writer.commit()
+
+    def __enter__(self) -> "StepWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.__exit__(*_)
+
+
+class StepStorage:
+    """The local disk, which tells of each step before it takes it."""
+
+    def __init__(self, folder: Path, tell: Callable[[str], None]) -> None:
+        folder.parent.mkdir()
+        self._storage, self._tell = LocalStorage(folder), tell
+
+    def create(self, key: str) -> Writer:
+        self._tell("create")
+        return StepWriter(self._storage.create(key), self._tell)
+
+    def open(self, key: str) -> BinaryIO:
+        self._tell("open")
+        return self._storage.open(key)
+
+    def delete(self, key: str) -> None:
+        self._tell("remove")
+        self._storage.delete(key)
+        self._tell("removed")
+
+    def keys(self, older_than: float) -> Iterator[str]:
+        return self._storage.keys(older_than)
+
+    def check(self) -> None:
+        self._storage.check()
+
+
+class StepOs:
+    """What `storage` takes for the module `os`."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    def fsync(self, descriptor: int) -> None:
+        self._tell("fsync folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "fsync file")
+        os.fsync(descriptor)
+
+    def replace(self, source: Path, target: Path) -> None:
+        self._tell("rename")
+        os.replace(source, target)
+
+
+class StepConnection(sqlite3.Connection):
+    """Tells of each transaction that writes documents, before it is committed and after."""
+
+    WRITES = {"INSERT INTO documents": "row", "queued_at = ?": "queue", "attempts = attempts + 1": "claim",
+              "SET progress = ?": "progress", "INSERT INTO results": "complete", "DELETE FROM documents": "delete"}
+
+    def __init__(self, tell: Callable[[str], None], *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._tell, self._pending = tell, set[str]()
+
+    def execute(self, sql: str, parameters: Any = ()) -> sqlite3.Cursor:
+        self._pending |= {name for part, name in self.WRITES.items() if part in sql}
+        if sql != "COMMIT":
+            return super().execute(sql, parameters)
+        pending, self._pending = self._pending, set()
+        for name in pending:
+            self._tell(f"commit {name}")
+        cursor = super().execute(sql)
+        for name in pending:
+            self._tell(f"committed {name}")
+        return cursor
+
+
+class Steps:
+    """A service that calls `tell` at each step that it takes towards the disk."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.tell: Callable[[str], None] = lambda step: None
+        self.settings, self.connections = settings_in(folder, lease_seconds=0.5), list[sqlite3.Connection]()
+        self._monkeypatch = monkeypatch
+
+    def _tell(self, step: str) -> None:
+        self.tell(step)
+
+    def _connection(self, *arguments: Any, **options: Any) -> sqlite3.Connection:
+        self.connections.append(StepConnection(self._tell, *arguments, **options))
+        return self.connections[-1]
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[httpx.Client]:
+        with self._monkeypatch.context() as patch:
+            patch.setattr(auth, "SCRYPT_N", 2**9)  # many logins
+            storage = StepStorage(self.settings.data_dir / "files", self._tell)
+            patch.setattr(storage_module, "os", StepOs(self._tell))
+            patch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=self._connection))
+            with running(self.settings, storage=storage) as client:
+                yield client
+
+
+@pytest.fixture
+def steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Steps:
+    return Steps(tmp_path, monkeypatch)
+
+
+UPLOAD = ["create", "write", "fsync file", "rename", "fsync folder", "open", "commit row", "committed row"]
+PROCESS = ["commit queue", "committed queue", "commit claim", "committed claim", "open",
+           "commit progress", "committed progress", "commit complete", "committed complete"]
+DELETE = ["commit delete", "committed delete", "remove", "removed"]
+
+
+def test_every_answer_comes_after_what_it_promises(steps: Steps) -> None:
+    seen: list[str] = []
+    with steps.running() as client:
+        steps.tell = seen.append
+        path = uploaded(client, docx(), "a.docx")
+        assert seen == UPLOAD
+        seen.clear()
+        assert client.post(f"{path}/process").status_code == 202
+        assert seen[:2] == PROCESS[:2]
+        processed(client, path)
+        assert list(dict.fromkeys(seen)) == PROCESS
+        seen.clear()
+        assert client.delete(path).status_code == 204
+        assert seen[-4:] == DELETE
+        for connection in steps.connections:
+            assert connection.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL: a commit waits for the disk
+
+
+def test_a_crash_at_any_step_loses_nothing_that_was_answered(steps: Steps, tmp_path: Path) -> None:
+    """A copy made in the middle of a step is what the start after a crash there finds."""
+    data, answers, crashes = steps.settings.data_dir, dict[str, int](), dict[str, dict[str, int]]()
+    lock, content = data / "documents.db.lock", docx()
+
+    def crash(step: str) -> None:
+        if step in crashes:
+            return
+        crashes[step] = dict(answers)
+        with lock.open() as file:
+            if not step.startswith("commit"):  # else this thread's own transaction keeps others from writing
+                fcntl.flock(file, fcntl.LOCK_EX)
+            shutil.copytree(data, tmp_path / step / "data")
+
+    def restart(step: str) -> None:
+        settings, answered = settings_in(tmp_path / step, lease_seconds=0.5), crashes[step]
+        age_files(settings.data_dir)
+        with running(settings) as client:
+            documents = settled(client, settings.data_dir)
+            assert len(documents) <= 1
+            if "DELETE" in answered:
+                assert not documents
+            if "upload" in answered and step not in DELETE:
+                assert documents
+            if "process" in answered and documents:
+                assert [document["status"] for document in documents.values()] == ["COMPLETED"]
+            if step not in DELETE:  # the client that got no answer asks again
+                assert upload(client, content, "a.docx", **{"Idempotency-Key": "key"}).status_code == 201
+                (path,) = [f"/documents/{document_id}" for document_id in settled(client, settings.data_dir)]
+                assert processed(client, path)["status"] == "COMPLETED"
+
+    with steps.running() as client:
+        steps.tell = crash
+        answer = upload(client, content, "a.docx", **{"Idempotency-Key": "key"})
+        answers["upload"] = answer.status_code
+        path = answer.headers["Location"]
+        answers["process"] = client.post(f"{path}/process").status_code
+        processed(client, path)
+        answers["DELETE"] = client.delete(path).status_code
+    assert answers == {"upload": 201, "process": 202, "DELETE": 204}
+    assert set(crashes) == {*UPLOAD, *PROCESS, *DELETE}
+    for step in crashes:
+        restart(step)
+
+
+def test_a_fault_at_any_step_is_answered_and_got_over(steps: Steps, caplog: pytest.LogCaptureFixture) -> None:
+    faults: dict[str, Exception] = {}
+    io_error, full = OSError(errno.EIO, "no such luck"), OSError(errno.ENOSPC, "full")
+    database_error = sqlite3.OperationalError("disk I/O error")
+
+    def tell(step: str) -> None:
+        if step in faults:
+            raise faults.pop(step)
+
+    @contextlib.contextmanager
+    def fault(step: str, failure: Exception) -> Iterator[None]:
+        faults[step] = failure
+        caplog.clear()
+        yield
+        until(lambda: not faults)
+        until(lambda: any(record.exc_info and record.exc_info[1] is failure for record in caplog.records))  # told
+
+    steps.tell = tell
+    data = steps.settings.data_dir
+    with steps.running() as client:
+        for step, failure, code in [
+                ("create", io_error, "unavailable"), ("create", full, "insufficient_storage"),
+                ("write", io_error, "unavailable"), ("write", full, "insufficient_storage"),
+                ("fsync file", io_error, "unavailable"), ("fsync file", full, "insufficient_storage"),
+                ("rename", io_error, "unavailable"), ("fsync folder", io_error, "unavailable"),
+                ("open", io_error, "unavailable"), ("commit row", database_error, "unavailable"),
+                ("committed row", database_error, "unavailable")]:
+            with fault(step, failure):
+                answer = upload(client, docx(), "a.docx", **{"Idempotency-Key": step.replace(" ", "-")})
+                assert answer.json().get("code") == code, step
+            if step in UPLOAD[:5]:
+                assert stored_files(steps.settings) == [], step
+        assert len(client.get("/documents").json()) == 1  # the last one was in doubt
+        for step, status in [("commit queue", 503), ("committed queue", 503), *((step, 202) for step in PROCESS[2:])]:
+            path = uploaded(client)
+            with fault(step, io_error if step == "open" else database_error):
+                assert client.post(f"{path}/process").status_code == status, step
+            ended = processed(client, path)
+            if ended["status"] == "FAILED":  # what is retryable is retried
+                assert ended["error"]["retryable"], step
+                ended = processed(client, path)
+            assert ended["status"] == "COMPLETED", step
+        for step, status, again in [
+                ("commit delete", 503, 204), ("committed delete", 503, 404), ("remove", 204, 404)]:
+            path = uploaded(client)
+            with fault(step, io_error if step == "remove" else database_error):
+                assert client.delete(path).status_code == status, step
+            assert client.delete(path).status_code == again, step
+    age_files(data)
+    with running(settings_in(data.parent)) as client:
+        assert len(settled(client, data)) == 1 + len(PROCESS)
+
+
+# Workers that die, stall or have to stop
+
+
+ODD_PIPELINE = """
+import os, pathlib, time
+import main
+from db import RunLost
+
+def pipeline(file, document, progress):
+    if document.filename == "poison.pdf":
+        os._exit(1)
+    progress(50, "half of it")
+    gate = pathlib.Path(os.environ["GATE"])
+    while not gate.exists():
+        time.sleep(0.02)
+    try:
+        progress(90, "nearly")
+    except RunLost:
+        gate.with_suffix(".lost").touch()
+    return {"from": gate.name}
+
+app = main.create_app(pipeline=pipeline)
+"""
+
+
+def odd_server(folder: Path, gate: str, *arguments: str, **environment: str) -> Server:
+    """Its pipeline ends the process, or waits for the file `gate` and nothing else, as the document's name says."""
+    (folder / "odd.py").write_text(ODD_PIPELINE)
+    return Server(folder, "--app-dir", str(folder), *arguments, app="odd:app", GATE=str(folder / gate), **environment)
+
+
+def half_done(client: httpx.Client, path: str, attempt: int = 1) -> bool:
+    status = client.get(f"{path}/status").json()
+    return (status["attempts"], status["progress"]) == (attempt, 50)
+
+
+@contextlib.contextmanager
+def stopped(server: Server, folder: Path) -> Iterator[None]:
+    """Stops the process in a moment in which it doesn't hold the lock that all processes share."""
+    with (folder / "data" / "documents.db.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        server.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, server.process.pid, os.WSTOPPED)
+    try:
+        yield
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+
+
+def test_a_process_that_was_stopped_past_its_lease_changes_nothing(tmp_path: Path) -> None:
+    with (odd_server(tmp_path, "first", DOCS_LEASE_SECONDS="0.5") as first, first.client() as client,
+          contextlib.ExitStack() as stack):
+        path = uploaded(client)
+        client.post(f"{path}/process")
+        until(lambda: half_done(client, path))
+        with stopped(first, tmp_path):
+            second = stack.enter_context(odd_server(tmp_path, "second", DOCS_LEASE_SECONDS="0.5"))
+            client = stack.enter_context(second.client())
+            until(lambda: half_done(client, path, attempt=2))
+            (tmp_path / "first").touch()
+        until((tmp_path / "first.lost").exists)  # it learns that, and returns its result all the same
+        first.process.terminate()
+        first.process.wait(30)
+        assert half_done(client, path, attempt=2)
+        (tmp_path / "second").touch()
+        assert processed(client, path)["attempts"] == 2
+        assert client.get(f"{path}/result").json()["result"] == {"from": "second"}
+        assert '"process_completed"' not in first.output()
+        assert second.output().count('"process_completed"') == 1
+
+
+def test_a_document_that_kills_its_process_ends_failed_and_the_service_stays_up(tmp_path: Path) -> None:
+    with odd_server(tmp_path, "gate", "--workers", "2", DOCS_LEASE_SECONDS="0.5") as server, server.client() as client:
+        (tmp_path / "gate").touch()
+        path = uploaded(client, PDF, "poison.pdf")
+        assert client.post(f"{path}/process").status_code == 202
+
+        def failed() -> Any:
+            with contextlib.suppress(httpx.TransportError):  # of a process that dies
+                status = client.get(f"{path}/status").json()
+                return status["status"] == "FAILED" and status
+
+        status = until(failed)
+        assert (status["attempts"], status["error"]["code"], status["error"]["retryable"]) == (3, "interrupted", True)
+        assert processed(client, uploaded(client))["status"] == "COMPLETED"
+    started = [line for line in server.output().splitlines() if '"process_started"' in line and path[11:] in line]
+    assert len(started) == 3
+
+
+def test_a_job_may_end_within_the_grace(tmp_path: Path) -> None:
+    with odd_server(tmp_path, "gate", DOCS_SHUTDOWN_SECONDS="60") as server, server.client() as client:
+        path = uploaded(client)
+        client.post(f"{path}/process")
+        until(lambda: half_done(client, path))
+        server.process.terminate()
+        until(lambda: "Shutting down" in server.output())
+        (tmp_path / "gate").touch()
+        server.process.wait(30)
+    with running(settings_in(tmp_path)) as client:
+        status = client.get(f"{path}/status").json()
+        assert (status["status"], status["attempts"]) == ("COMPLETED", 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_exit_is_bounded_whatever_is_under_way(tmp_path: Path, number: int) -> None:
+    """The grace is a second here. What is waited for could take minutes."""
+    big = PDF[:9] + bytes(16_000_000) + PDF[9:]
+    with (odd_server(tmp_path, "never", DOCS_SHUTDOWN_SECONDS="1") as server,
+          server.client() as client, contextlib.ExitStack() as stack):
+        path, download = uploaded(client), uploaded(client, big)
+        client.post(f"{path}/process")
+        until(lambda: half_done(client, path))
+
+        def send(request: str) -> socket.socket:
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 30))
+            token = client.headers["Authorization"]
+            connection.sendall(f"{request} HTTP/1.1\r\nHost: x\r\nAuthorization: {token}\r\n".encode())
+            return connection
+
+        polling = send(f"GET {path}/status?wait=30")
+        polling.sendall(b"\r\n")
+        send(f"GET {download}/file").sendall(b"\r\n")  # and nobody takes it
+        uploading = send("POST /documents/upload")
+        uploading.sendall(b"Content-Type: multipart/form-data; boundary=x\r\nContent-Length: 99999\r\n\r\n--x\r\n"
+                          b'Content-Disposition: form-data; name="file"; filename="a.pdf"\r\n\r\n' + big[:20_000])
+        until(lambda: list((tmp_path / "data" / "files").glob("*.part")))
+        server.process.send_signal(number)
+        server.process.wait(10)
+        assert b'"status":"PROCESSING"' in polling.recv(9999)
+        assert b'"code": "shutting_down"' in uploading.recv(9999)
+        assert '"process_requeued"' in server.output()
+    settings = settings_in(tmp_path)
+    assert [f"/documents/{name}" for name in stored_files(settings)] == sorted([path, download])
+    with running(settings) as client:
+        status = processed(client, path)
+        assert (status["status"], status["attempts"]) == ("COMPLETED", 1)
+
+
+def test_exit_is_bounded_while_nobody_can_write(tmp_path: Path) -> None:
+    with (Server(tmp_path, DOCS_SHUTDOWN_SECONDS="0") as server,
+          (tmp_path / "data" / "documents.db.lock").open() as lock):
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as a process does that was stopped in the middle of a commit
+        server.process.terminate()
+        server.process.wait(10)
+
+
+# Faults of the disk and the database
+
+
+@contextlib.contextmanager
+def no_space(server: Server, data: Path, mounted: bool) -> Iterator[None]:
+    """No byte more can be written: the tiny file system is full, else the process may write none (EFBIG)."""
+    ballast, pid = data / "ballast", server.process.pid
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    if mounted:
+        with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+    else:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        yield
+    finally:
+        ballast.unlink(missing_ok=True)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("kind", ["file-size limit", "tiny file system"])
+def test_a_full_disk_is_told_and_got_over(tmp_path: Path, kind: str) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    mounted = kind == "tiny file system" and subprocess.run(  # where that isn't allowed it is the limit once more
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", data], stderr=subprocess.DEVNULL).returncode == 0
+    try:
+        with Server(tmp_path, DOCS_PROCESS_SECONDS="0", DOCS_LEASE_SECONDS="0.5") as server, server.client() as client:
+            path, other, content = uploaded(client), uploaded(client), PDF[:9] + bytes(40_000) + PDF[9:]
+            paths = client.get("/openapi.json").json()["paths"]
+            with no_space(server, data, mounted):
+                for answer in (upload(client), upload(client, content), upload(client, content[:-7])):
+                    assert (answer.status_code, answer.json()["code"]) == (507, "insufficient_storage")
+                assert client.get("/readyz").status_code == 503
+                for method, answer in (("post", client.post(f"{path}/process")), ("delete", client.delete(path))):
+                    route = paths["/documents/{document_id}" + "/process" * (method == "post")][method]
+                    assert answer.status_code in (503, 507) and str(answer.status_code) in route["responses"]
+                assert client.get("/healthz").status_code == 200
+                assert client.get(f"{path}/file").content == PDF
+                assert len(client.get("/documents").json()) == 2
+            assert client.get("/readyz").status_code == 200
+            assert processed(client, path)["status"] == "COMPLETED"
+            assert client.delete(other).status_code == 204
+            assert client.get(f"{uploaded(client, content)}/file").content == content
+            assert len(settled(client, data)) == 2  # and no trace of what was refused
+    finally:
+        if mounted:
+            subprocess.run(["umount", "--lazy", data], check=True)
+
+
+def test_a_file_store_that_cannot_be_written_is_told_and_got_over(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
+    files, away = settings.data_dir / "files", settings.data_dir / "away"
+    with running(settings) as client:
+        path = uploaded(client)
+        for in_its_place in (Path.touch, lambda _: None):  # a file; nothing
+            files.rename(away)
+            in_its_place(files)
+            until(lambda: client.get("/readyz").status_code == 503)  # it believes itself for a second
+            for answer in (upload(client), upload(client, docx(), "a.docx")):
+                assert (answer.status_code, answer.json()["code"]) == (503, "unavailable")
+                assert answer.headers["Retry-After"]
+            assert client.get(path).status_code == client.get("/healthz").status_code == 200
+            files.unlink(missing_ok=True)
+            away.rename(files)
+            assert client.get("/readyz").status_code == 200
+            assert client.get(f"{path}/file").content == PDF
+            uploaded(client)
+        assert len(settled(client, settings.data_dir)) == 3
+
+
+def test_a_locked_database_is_told_and_got_over(steps: Steps) -> None:
+    with steps.running() as client, contextlib.closing(sqlite3.connect(steps.settings.data_dir / "documents.db")) as db:
+        path = uploaded(client)
+        for connection in steps.connections:
+            connection.execute("PRAGMA busy_timeout = 50")  # else ten seconds
+        db.execute("BEGIN IMMEDIATE")
+        for answer in (upload(client), client.post(f"{path}/process"), client.delete(path), client.get("/readyz")):
+            assert (answer.status_code, answer.json()["code"]) == (503, "unavailable")
+        assert len(client.get("/documents").json()) == 1  # readers never wait
+        db.rollback()
+        assert client.get("/readyz").status_code == 200
+        assert processed(client, path)["status"] == "COMPLETED"
+
+
+def test_a_full_database_is_told_and_got_over(steps: Steps) -> None:
+    with steps.running() as client:
+        writer = steps.connections[0]
+        writer.execute("PRAGMA max_page_count = 1")  # SQLite makes that the size it has
+        answers = [upload(client).status_code for _ in range(100)]
+        assert set(answers) == {201, 507}
+        writer.execute("PRAGMA max_page_count = 1000000")
+        path = uploaded(client)
+        assert processed(client, path)["status"] == "COMPLETED"
+        assert len(client.get("/documents?limit=200").json()) == answers.count(201) + 1
+
+
+def test_a_vanished_file_is_told(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
+    with running(settings) as client:
+        path = uploaded(client)
+        (settings.data_dir / "files" / path[11:]).unlink()
+        answer = client.get(f"{path}/file")
+        assert (answer.status_code, answer.json()["code"]) == (404, "file_missing")
+        status = processed(client, path)
+        assert [status["status"], status["attempts"], status["error"]["code"], status["error"]["retryable"]] == [
+            "FAILED", 1, "file_missing", False]
+        assert client.delete(path).status_code == 204
+        assert client.get(path).json()["code"] == "not_found"
+
+
+def make_database(file: Path, version: int) -> None:
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        database.execute("CREATE TABLE of_somebody_else (x)")
+        database.execute(f"PRAGMA user_version = {version}")
+
+
+@pytest.mark.parametrize("spoil, told", [
+    (lambda file: file.write_bytes(b"This is no database. " * 1000), "db.UnusableDatabase: .*not a database"),
+    (lambda file: make_database(file, 99), "db.UnusableDatabase: .*version 99"),
+    (lambda file: make_database(file, 0), "db.UnusableDatabase: "),
+    (Path.mkdir, "sqlite3.OperationalError: ")],
+    ids=["no database", "a later version", "of another program", "a folder"])
+def test_an_unusable_database_stops_the_start(tmp_path: Path, spoil: Callable[[Path], Any], told: str) -> None:
+    file, stored = tmp_path / "data" / "documents.db", tmp_path / "data" / "files" / "precious"
+    stored.parent.mkdir(parents=True)
+    stored.touch()
+    os.utime(stored, (0, 0))
+    spoil(file)
+    before = file.is_file() and file.read_bytes()
+    server = Server(tmp_path)
+    try:
+        assert server.process.wait(10) != 0
+    finally:
+        server.process.kill()
+    errors = [line["event"] for line in server.lines() if line["level"] == "ERROR"]
+    assert re.fullmatch(f"{told}.*", errors[0]) and len(errors) == 2  # the other is uvicorn's farewell
+    assert (file.is_file() and file.read_bytes()) == before
+    assert stored.exists()
