@@ -3,6 +3,7 @@
 This room knows neither HTTP nor SQL: whether a session still stands is the database's knowledge.
 """
 import base64
+import functools
 import hashlib
 import hmac
 import re
@@ -43,7 +44,10 @@ class TokenSigner:
         if len(secret) < 32:
             raise ValueError("the signing key needs at least 32 bytes")
         self._secret = secret
-        self._jwt = jwt.PyJWT({"require": ["iss", "aud", "sub", "iat", "exp", "jti", "sid"], "strict_aud": True})
+        self._jwt = jwt.PyJWT({
+            "require": ["iss", "aud", "sub", "iat", "exp", "jti", "sid"], "strict_aud": True, "verify_exp": False})
+        # The signature of a token is good or bad for ever: only its end is looked at each time.
+        self._decode = functools.lru_cache(maxsize=1024)(self._decode_new)
 
     def issue(self, kind: str, claims: Claims, expires_at: float) -> str:
         """A signed token of kind ACCESS or REFRESH; `expires_at` in seconds since the epoch."""
@@ -55,18 +59,24 @@ class TokenSigner:
 
     def verify(self, kind: str, token: str, *, allow_expired: bool = False) -> Claims:
         """The claims of a token of this kind, else InvalidToken. Whether its session stands is not looked at."""
+        claims, expires_at = self._decode(kind, token)
+        if expires_at <= time.time() and not allow_expired:
+            raise InvalidToken("expired")
+        return claims
+
+    def _decode_new(self, kind: str, token: str) -> tuple[Claims, float]:
         if not _COMPACT_JWS.fullmatch(token):  # PyJWT also takes padded and very long ones
             raise InvalidToken("not a compact JWS")
         try:
             decoded: dict[str, Any] = self._jwt.decode_complete(
-                token, self._secret, ["HS256"], {"verify_exp": not allow_expired}, audience=ISSUER, issuer=ISSUER)
-        except jwt.InvalidTokenError as error:
+                token, self._secret, ["HS256"], audience=ISSUER, issuer=ISSUER)
+            payload = decoded["payload"]
+            # The exact header that we write: no other typ, and no kid, jku or crit to be talked into.
+            if decoded["header"] != {"alg": "HS256", "typ": kind}:
+                raise InvalidToken("wrong header")
+            return Claims(payload["sub"], payload["sid"], payload["jti"]), float(payload["exp"])
+        except (jwt.InvalidTokenError, ValueError, TypeError) as error:
             raise InvalidToken(type(error).__name__) from error
-        # The exact header that we write: no other typ, and no kid, jku or crit to be talked into.
-        if decoded["header"] != {"alg": "HS256", "typ": kind}:
-            raise InvalidToken("wrong header")
-        payload = decoded["payload"]
-        return Claims(payload["sub"], payload["sid"], payload["jti"])
 
 
 def hash_password(password: str) -> str:

@@ -243,37 +243,29 @@ class Database:
             self._commit([task for task in batch if task and task[0].set_running_or_notify_cancel()])
 
     def _commit(self, batch: Sequence[Task]) -> None:
-        outcomes: list[tuple[Any, BaseException | None]] = []
+        """One transaction for all. When one of them fails, each gets a transaction of its own."""
         try:
-            with self._lock:
-                try:
-                    self._w.execute("BEGIN IMMEDIATE")
-                    for _, operation in batch:
-                        outcomes.append(self._attempt(operation))
-                    self._w.execute("COMMIT")
-                finally:
-                    if self._w.in_transaction:
-                        self._w.execute("ROLLBACK")
-        except (sqlite3.Error, OSError) as error:
-            outcomes = [(None, error)] * len(batch)
-        for (future, _), (result, failure) in zip(batch, outcomes, strict=True):
-            if failure:
-                future.set_exception(failure)
+            results = self._transaction([operation for _, operation in batch])
+        except BaseException as error:  # raised again by the Future, where the caller waits
+            if len(batch) == 1:
+                batch[0][0].set_exception(error)
             else:
+                for task in batch:
+                    self._commit([task])
+        else:
+            for (future, _), result in zip(batch, results):
                 future.set_result(result)
 
-    def _attempt(self, operation: Callable[[], T]) -> tuple[T | None, BaseException | None]:
-        self._w.execute("SAVEPOINT attempt")
-        try:
-            return operation(), None
-        except BaseException as error:  # raised again by the Future, where the caller waits
-            if not self._w.in_transaction:  # a full disk, say: SQLite has undone the whole batch
-                raise
-            self._w.execute("ROLLBACK TO attempt")
-            return None, error
-        finally:
-            if self._w.in_transaction:
-                self._w.execute("RELEASE attempt")
+    def _transaction(self, operations: Sequence[Callable[[], Any]]) -> list[Any]:
+        with self._lock:
+            try:
+                self._w.execute("BEGIN IMMEDIATE")
+                results = [operation() for operation in operations]
+                self._w.execute("COMMIT")
+                return results
+            finally:
+                if self._w.in_transaction:
+                    self._w.execute("ROLLBACK")
 
     @write
     def check(self) -> None:

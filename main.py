@@ -144,9 +144,9 @@ class JsonFormatter(logging.Formatter):
         entry.update(getattr(record, "fields", {}))
         if record.exc_info and (failure := record.exc_info[1]):
             # An exception's text can hold what a client sent; its type and stack can't. Nor do these two quote values.
-            entry["error"] = type(failure).__name__
+            entry["exception"] = type(failure).__name__
             if isinstance(failure, (OSError, sqlite3.Error)):
-                entry["error"] += f": {failure}"
+                entry["exception"] += f": {failure}"
             entry["stack"] = "".join(traceback.format_tb(failure.__traceback__))
         line, longest = json.dumps(entry, default=str), LINE_LIMIT
         while len(line) >= LINE_LIMIT:
@@ -422,11 +422,17 @@ class RequestMiddleware:
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode()),
-                                      (b"x-content-type-options", b"nosniff")]
-            await send(message)
+            if message["type"] != "http.response.start":
+                return await send(message)
+            status = message["status"]
+            message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode()),
+                                  (b"x-content-type-options", b"nosniff")]
+            try:
+                await send(message)
+            except Exception as failure:  # what came was no HTTP any more, and uvicorn has given up the connection
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+                raise ClientDisconnect from failure
 
         try:
             await self.app(scope, receive, send_with_headers)
@@ -481,6 +487,7 @@ class Service:
         self.storage = storage or LocalStorage(folder / "files")
         self.db = Database(folder / "documents.db")
         self.passwords = ThreadPoolExecutor(2, "password")  # so that scrypt takes its memory twice at most
+        self.files = ThreadPoolExecutor(8, "file")  # enough for parallel fsyncs, too few to fight over the GIL
         self.worker = Worker(self.db, self.storage, pipeline or functools.partial(
             simulated_pipeline, seconds=settings.process_seconds), settings)
         self.watch = Watch(self.db)
@@ -541,37 +548,38 @@ def secret_file(path: Path) -> str:
     return path.read_text().strip()
 
 
-async def get_service(request: Request) -> Service:
+def service_of(request: Request) -> Service:
     service: Service = request.state.service
     return service
 
 
-ServiceOf = Annotated[Service, Depends(get_service)]
-bearer = OAuth2PasswordBearer("auth/login", refreshUrl="auth/refresh", auto_error=False)
+class SessionBearer(OAuth2PasswordBearer):
+    """The user of the access token: its signature is checked first, then that its session still stands."""
+
+    async def __call__(self, request: Request) -> User:  # type: ignore[override]
+        token = await super().__call__(request)
+        if token is None:
+            raise Problem("missing_token", headers=BEARER)
+        if len(request.headers.getlist("authorization")) > 1:
+            raise Problem("invalid_token", "Send one Authorization header.", headers=BAD_BEARER)
+        service = service_of(request)
+        try:
+            claims = service.signer.verify(auth.ACCESS, token)
+        except auth.InvalidToken:
+            raise Problem("invalid_token", headers=BAD_BEARER) from None
+        user = service.db.session_user(claims.session_id)
+        if user is None:
+            raise Problem("invalid_token", headers=BAD_BEARER)
+        request.state.username = user.username
+        return user
 
 
-async def get_current_user(request: Request, service: ServiceOf, token: Annotated[str | None, Depends(bearer)]) -> User:
-    if token is None:
-        raise Problem("missing_token", headers=BEARER)
-    if len(request.headers.getlist("authorization")) > 1:
-        raise Problem("invalid_token", "Send one Authorization header.", headers=BAD_BEARER)
-    try:
-        claims = service.signer.verify(auth.ACCESS, token)
-    except auth.InvalidToken:
-        raise Problem("invalid_token", headers=BAD_BEARER) from None
-    user = service.db.session_user(claims.session_id)
-    if user is None:
-        raise Problem("invalid_token", headers=BAD_BEARER)
-    request.state.username = user.username
-    return user
+CurrentUser = Annotated[User, Depends(SessionBearer("auth/login", refreshUrl="auth/refresh", auto_error=False))]
 
 
-CurrentUser = Annotated[User, Depends(get_current_user)]
-
-
-async def get_document(document_id: uuid.UUID, user: CurrentUser, service: ServiceOf) -> Document:
+async def get_document(document_id: uuid.UUID, request: Request, user: CurrentUser) -> Document:
     """The caller's document. Somebody else's is as unknown as one that never was."""
-    return found(service.db.document(str(document_id), user.user_id))
+    return found(service_of(request).db.document(str(document_id), user.user_id))
 
 
 def found(document: Document | None) -> Document:
@@ -586,11 +594,11 @@ OwnDocument = Annotated[Document, Depends(get_document)]
 # Bodies
 
 
-async def body_chunks(request: Request, limit: int, idle_seconds: float) -> AsyncIterator[bytes]:
+async def body_chunks(request: Request, limit: int) -> AsyncIterator[bytes]:
     """The body as it comes. Problem: too_large, before the first byte when the length is declared; upload_timeout."""
     if int(request.headers.get("content-length", 0)) > limit:
         raise Problem("too_large")
-    size, stream = 0, request.stream()
+    size, stream, idle_seconds = 0, request.stream(), service_of(request).settings.upload_idle_seconds
     while True:
         try:
             async with asyncio.timeout(idle_seconds):
@@ -608,12 +616,12 @@ async def body_chunks(request: Request, limit: int, idle_seconds: float) -> Asyn
 Model = TypeVar("Model", bound=BaseModel)
 
 
-async def read_fields(request: Request, service: Service, model: type[Model]) -> Model:
+async def read_fields(request: Request, model: type[Model]) -> Model:
     """A small body, JSON or an HTML form, as this model; ValidationError when it does not fit."""
     media_type, _ = parse_options_header(request.headers.get("content-type"))
     if media_type not in (b"application/json", b"application/x-www-form-urlencoded"):
         raise Problem("unsupported_media_type", "Send application/json or application/x-www-form-urlencoded.")
-    chunks = body_chunks(request, SMALL_BODY, service.settings.upload_idle_seconds)
+    chunks = body_chunks(request, SMALL_BODY)
     body = b"".join([chunk async for chunk in chunks])
     if media_type == b"application/json":
         return model.model_validate_json(body)
@@ -640,7 +648,8 @@ class Upload:
     `feed` runs on the event loop, `flush` and `finish` in a thread. Whatever ends it early, `close` leaves no trace.
     """
 
-    def __init__(self, request: Request, service: Service, key: str) -> None:
+    def __init__(self, request: Request, key: str) -> None:
+        service = service_of(request)
         media_type, options = parse_options_header(request.headers.get("content-type"))
         if media_type != b"multipart/form-data":
             raise Problem("unsupported_media_type", "Send multipart/form-data with a part named file.")
@@ -750,13 +759,14 @@ class Upload:
         self._check_start(complete=True)
         self.flush()
         assert self._writer is not None
-        self._writer.commit()
+        with self._writer:
+            self._writer.commit()
         self._writer = None
         if self.media_type == DOCX:
             try:
                 with self._storage.open(self._key) as file:
                     check_is_docx(file)
-            except Problem:
+            except BaseException:
                 self._storage.delete(self._key)
                 raise
 
@@ -1152,9 +1162,10 @@ def invalid_grant(detail: str) -> Problem:
 @router.post("/auth/login", tags=["auth"], response_model=Tokens, openapi_extra=form_or_json(Credentials),
              responses=answers("invalid_grant", "upload_timeout", "too_large", "unsupported_media_type",
                                "validation_error", "too_many_attempts", "insufficient_storage"))
-async def login(request: Request, response: Response, service: ServiceOf) -> Tokens:
+async def login(request: Request, response: Response) -> Tokens:
     """Exchanges user name and password for an access and a refresh token (OAuth 2 password grant)."""
-    credentials = await read_fields(request, service, Credentials)
+    service = service_of(request)
+    credentials = await read_fields(request, Credentials)
     db, name, client = service.db, credentials.username, client_address(request)
     wait = db.throttled_for(name, client)
     if not wait:
@@ -1180,9 +1191,9 @@ async def login(request: Request, response: Response, service: ServiceOf) -> Tok
 @router.post("/auth/refresh", tags=["auth"], response_model=Tokens, openapi_extra=form_or_json(RefreshToken),
              responses=answers("invalid_grant", "upload_timeout", "too_large", "unsupported_media_type",
                                "validation_error", "insufficient_storage"))
-async def refresh(request: Request, response: Response, service: ServiceOf) -> Tokens:
+async def refresh(request: Request, response: Response) -> Tokens:
     """Exchanges a refresh token for two new tokens. Using one twice ends the session (RFC 9700, 4.14.2)."""
-    sent = await read_fields(request, service, RefreshToken)
+    service, sent = service_of(request), await read_fields(request, RefreshToken)
     refused = invalid_grant("The refresh token is invalid, expired, revoked or was used before.")
     try:
         claims = service.signer.verify(auth.REFRESH, sent.refresh_token)
@@ -1201,9 +1212,9 @@ async def refresh(request: Request, response: Response, service: ServiceOf) -> T
 @router.post("/auth/logout", tags=["auth"], status_code=204, response_class=Response,
              openapi_extra=form_or_json(RefreshToken), responses=answers(
                  "upload_timeout", "too_large", "unsupported_media_type", "validation_error", "insufficient_storage"))
-async def logout(request: Request, service: ServiceOf) -> None:
+async def logout(request: Request) -> None:
     """Ends the session: its access and refresh tokens stop working at once."""
-    sent = await read_fields(request, service, RefreshToken)
+    service, sent = service_of(request), await read_fields(request, RefreshToken)
     with contextlib.suppress(auth.InvalidToken):  # 204 all the same (RFC 7009, 2.2)
         claims = service.signer.verify(auth.REFRESH, sent.refresh_token, allow_expired=True)
         if username := await asyncio.wrap_future(service.db.end_session(claims.session_id)):
@@ -1216,24 +1227,24 @@ async def logout(request: Request, service: ServiceOf) -> None:
                  "properties": {"file": {"type": "string", "format": "binary", "description": "PDF or DOCX"}}}}}}},
              responses=answers(*SIGNED_IN, "malformed_body", "upload_timeout", "too_large", "unsupported_media_type",
                                "validation_error", "idempotency_key_reused", "insufficient_storage"))
-async def upload(request: Request, response: Response, user: CurrentUser, service: ServiceOf,
+async def upload(request: Request, response: Response, user: CurrentUser,
                  idempotency_key: Annotated[str | None, Header(
                      alias="Idempotency-Key", pattern=r"^[!-~]{1,128}$")] = None) -> Document:
     """Stores a PDF or DOCX. After the 201 it survives a crash or a power loss.
 
     With an `Idempotency-Key` a repeated upload answers the first document again.
     """
-    document_id = str(uuid.uuid4())
-    incoming = Upload(request, service, document_id)
+    service, document_id = service_of(request), str(uuid.uuid4())
+    incoming = Upload(request, document_id)
     try:
         limit = service.settings.max_upload_bytes + SMALL_BODY
-        async for chunk in body_chunks(request, limit, service.settings.upload_idle_seconds):
+        async for chunk in body_chunks(request, limit):
             if incoming.feed(chunk):
-                await run_in_threadpool(incoming.flush)
-        await run_in_threadpool(incoming.finish)
+                await asyncio.get_running_loop().run_in_executor(service.files, incoming.flush)
+        await asyncio.get_running_loop().run_in_executor(service.files, incoming.finish)
     finally:
         if incoming.started:
-            await run_in_threadpool(incoming.close)
+            await asyncio.get_running_loop().run_in_executor(service.files, incoming.close)
     try:
         document = await asyncio.wrap_future(service.db.add_document(
             document_id, user.user_id, incoming.filename, incoming.media_type, incoming.size,
@@ -1254,12 +1265,13 @@ async def upload(request: Request, response: Response, user: CurrentUser, servic
 
 @router.get("/documents", tags=["documents"], response_model=list[DocumentOut],
             responses=answers(*SIGNED_IN, "validation_error"))
-async def list_documents(response: Response, user: CurrentUser, service: ServiceOf,
+async def list_documents(request: Request, response: Response, user: CurrentUser,
                          limit: Annotated[int, Query(ge=1, le=200)] = 50, status: Status | None = None,
                          cursor: Annotated[str | None, Query(max_length=256, description="of the Link header")] = None,
                          ) -> list[Document]:
     """The caller's documents, newest first. `Link: <...>; rel="next"` leads to the next page (RFC 8288)."""
-    documents = service.db.documents(user.user_id, limit + 1, status, read_cursor(cursor) if cursor else None)
+    before = read_cursor(cursor) if cursor else None
+    documents = service_of(request).db.documents(user.user_id, limit + 1, status, before)
     if len(documents) > limit:
         last = documents[limit - 1]
         following = base64.urlsafe_b64encode(f"{last.created_at} {last.document_id}".encode()).decode()
@@ -1288,14 +1300,14 @@ async def get_one(document: OwnDocument) -> Document:
         PDF: {"schema": {"type": "string", "format": "binary"}, "example": "%PDF-1.7 ..."},
         DOCX: {"schema": {"type": "string", "format": "binary"}, "example": "PK..."}}},
     304: {"description": "Not Modified"}, **answers(*SIGNED_IN, "not_found", "file_missing")})
-async def get_file(document: OwnDocument, service: ServiceOf,
+async def get_file(document: OwnDocument, request: Request,
                    if_none_match: Annotated[str | None, Header(alias="If-None-Match")] = None) -> Response:
     """The stored bytes, with the SHA-256 as ETag."""
     etag = f'"{document.sha256}"'
     if if_none_match and re.search(rf'(^|,)\s*(\*|(W/)?{etag})\s*(,|$)', if_none_match):
         return Response(status_code=304, headers={"ETag": etag})
     try:
-        file = await run_in_threadpool(service.storage.open, document.document_id)
+        file = await run_in_threadpool(service_of(request).storage.open, document.document_id)
     except FileNotFoundError:
         raise Problem("file_missing") from None
 
@@ -1312,8 +1324,9 @@ async def get_file(document: OwnDocument, service: ServiceOf,
 
 @router.delete("/documents/{document_id:uuid}", tags=["documents"], status_code=204, response_class=Response,
                responses=answers(*SIGNED_IN, "not_found", "insufficient_storage"))
-async def delete(document_id: uuid.UUID, user: CurrentUser, service: ServiceOf) -> None:
+async def delete(document_id: uuid.UUID, request: Request, user: CurrentUser) -> None:
     """Removes the document, also while it is being processed."""
+    service = service_of(request)
     if not await asyncio.wrap_future(service.db.delete(str(document_id), user.user_id)):
         raise Problem("not_found")
     log_event("deleted", document_id=str(document_id))
@@ -1326,8 +1339,10 @@ async def delete(document_id: uuid.UUID, user: CurrentUser, service: ServiceOf) 
 @router.post("/documents/{document_id:uuid}/process", tags=["processing"], status_code=202, response_model=StatusOut,
              responses={200: {"description": "COMPLETED already: the result stands", "model": StatusOut},
                         **answers(*SIGNED_IN, "not_found", "queue_full", "insufficient_storage")})
-async def process(document_id: uuid.UUID, response: Response, user: CurrentUser, service: ServiceOf) -> StatusOut:
+async def process(document_id: uuid.UUID, request: Request, response: Response,
+                  user: CurrentUser) -> StatusOut:
     """Starts processing an UPLOADED or FAILED document. Idempotent: however many calls come, one run starts."""
+    service = service_of(request)
     try:
         document = found(await asyncio.wrap_future(service.db.enqueue(
             str(document_id), user.user_id, request_id_of_context.get() or "", service.settings.max_queue)))
@@ -1349,14 +1364,15 @@ def status_of(document: Document) -> StatusOut:
 
 @router.get("/documents/{document_id:uuid}/status", tags=["processing"], response_model=StatusOut,
             responses=answers(*SIGNED_IN, "not_found", "validation_error"))
-async def get_status(document: OwnDocument, user: CurrentUser, response: Response, service: ServiceOf,
+async def get_status(document: OwnDocument, request: Request, response: Response,
                      wait: Annotated[float, Query(ge=0, le=30, description="seconds")] = 0) -> StatusOut:
     """Where the document stands. With `wait` it answers as soon as PROCESSING ends, else after that time."""
     if wait and document.status == Status.PROCESSING:
+        service = service_of(request)
         with service.watch.of(document.document_id) as ended, contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait):
                 await ended.wait()
-        document = found(service.db.document(document.document_id, user.user_id))
+        document = found(service.db.document(document.document_id, document.owner_id))
     if document.status == Status.PROCESSING:
         response.headers["Retry-After"] = "1"
     return status_of(document)
@@ -1364,7 +1380,7 @@ async def get_status(document: OwnDocument, user: CurrentUser, response: Respons
 
 @router.get("/documents/{document_id:uuid}/result", tags=["processing"], response_model=ResultOut,
             responses=answers(*SIGNED_IN, "not_found", "not_processed", "still_processing", "processing_failed"))
-async def get_result(document: OwnDocument, service: ServiceOf) -> dict[str, Any]:
+async def get_result(document: OwnDocument, request: Request) -> dict[str, Any]:
     """What the pipeline made of a COMPLETED document."""
     match document.status:
         case Status.UPLOADED:
@@ -1373,7 +1389,7 @@ async def get_result(document: OwnDocument, service: ServiceOf) -> dict[str, Any
             raise Problem("still_processing", headers=SOON)
         case Status.FAILED:
             raise Problem("processing_failed", error=json.loads(document.error or "null"))
-    result = service.db.result(document.document_id)
+    result = service_of(request).db.result(document.document_id)
     if result is None:  # deleted a moment ago
         raise Problem("not_found")
     return {"document_id": document.document_id, "status": document.status, "completed_at": document.finished_at,
@@ -1386,10 +1402,10 @@ async def healthz() -> Health:
 
 
 @router.get("/readyz", tags=["health"], response_model=Health, responses=answers())
-async def readyz(service: ServiceOf) -> Health:
+async def readyz(request: Request) -> Health:
     """Whether documents can be taken: writes to the database and to the file store, at most once a second."""
     try:
-        await service.check_writable()
+        await service_of(request).check_writable()
     except (OSError, sqlite3.Error) as failure:
         log_event("storage_error", logging.ERROR, failure=failure)
         raise Problem("unavailable", headers=SOON) from None
@@ -1452,7 +1468,7 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
             kind: answer_problem for kind in (Problem, RequestValidationError, ValidationError, HTTPException, OSError,
                                               sqlite3.Error)})
     application.add_middleware(RequestMiddleware)
-    application.include_router(router)
+    application.router.routes += router.routes  # `include_router` would match each request twice
     return application
 
 

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import BinaryIO, Protocol, Self
 
 
+O_BINARY = getattr(os, "O_BINARY", 0)  # Windows
+
+
 class Writer(Protocol):
     """One new object. Leaving the `with` block without `commit` drops it. Used by one thread at a time."""
 
@@ -89,17 +92,16 @@ class LocalStorage:
 class LocalWriter:
     def __init__(self, path: Path) -> None:
         self._path, self._part, self._committed = path, path.with_suffix(".part"), False
-        # Unbuffered: a write that fails is told at once, not at some later flush.
-        self._file = open(os.open(self._part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=0)
+        self._descriptor = os.open(self._part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | O_BINARY, 0o600)
 
     def write(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            view = view[self._file.write(view):]
+        written = os.write(self._descriptor, data)
+        while written < len(data):
+            written += os.write(self._descriptor, data[written:])
 
     def commit(self) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
+        os.fsync(self._descriptor)
+        self._close()
         os.replace(self._part, self._path)
         fsync_folder(self._path.parent)
         self._committed = True
@@ -108,10 +110,15 @@ class LocalWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._close()
         if not self._committed:
             self._part.unlink(missing_ok=True)
             self._path.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
 def fsync_folder(folder: Path) -> None:

@@ -1587,9 +1587,19 @@ def test_an_unexpected_error_is_logged_without_its_text(
         assert client.get("/documents").status_code == 500
     lines = [main.JsonFormatter().format(record) for record in caplog.records]
     told = {line["event"]: line for line in map(json.loads, lines)}
-    assert told["unhandled_error"]["error"] == "RuntimeError" and "in broken" in told["unhandled_error"]["stack"]
-    assert "ValueError" in str(told["process_failed"]) and "in pipeline" in told["process_failed"]["stack"]
+    for event, exception, place in (("unhandled_error", "RuntimeError", "in broken"),
+                                    ("process_failed", "ValueError", "in pipeline")):
+        assert told[event]["exception"] == exception and place in told[event]["stack"]
+    assert told["process_failed"]["error"] == "pipeline_error"
     assert text not in str(lines)
+
+
+def test_a_client_that_breaks_the_protocol_is_no_error_of_ours(tmp_path: Path) -> None:
+    with Server(tmp_path) as server, server.client() as client:
+        for line in ("GET /healthz", "POST /auth/login", "POST /documents/upload", "GET /nowhere"):
+            broken = wire(line, b"no size\r\n", Transfer_Encoding="chunked", Content_Length=None, Authorization=None)
+            assert exchange(client, broken) == (400, {"code": "Invalid HTTP request received."})
+    assert [line for line in server.lines() if line["level"] == "ERROR"] == []
 
 
 def test_no_byte_of_a_request_breaks_a_line(tmp_path: Path) -> None:
