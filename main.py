@@ -636,7 +636,7 @@ async def read_fields(request: Request, model: type[Model]) -> Model:
 
 
 SMALL_BODY = 65536  # bytes: also what a multipart body may have around its file
-FLUSH_SIZE = 16384  # bytes of a file that are worth a thread and a write
+FLUSH_SIZE = 4096  # bytes of a file that are worth a thread and a write while there are more to come
 PDF = "application/pdf"
 DOCX = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
 MEDIA_TYPES = {".pdf": PDF, ".docx": DOCX}
@@ -683,7 +683,7 @@ class Upload:
         if self.size > self.max_size:
             raise Problem("too_large", f"The file is larger than {self.max_size} bytes.")
         self._check_start(complete=False)
-        return self._known and (self.started or self.size >= FLUSH_SIZE) and bool(self._pending)
+        return self._known and not self._ended and bool(self._pending) and (self.started or self.size >= FLUSH_SIZE)
 
     def _on_part_begin(self) -> None:
         self._parts += 1
