@@ -87,15 +87,19 @@ class UnusableDatabase(Exception):
     """The file is no database, or of a later version of this program."""
 
 
-class KeyReused(Exception):
+class Refused(Exception):
+    """What was asked for can't be; nothing was written."""
+
+
+class KeyReused(Refused):
     """The idempotency key was used before, with another file."""
 
 
-class QueueFull(Exception):
+class QueueFull(Refused):
     """Too many documents wait for a worker."""
 
 
-class RunLost(Exception):
+class RunLost(Refused):
     """The run is no longer the document's: deleted, taken over or handed back. It can write nothing any more."""
 
 
@@ -125,7 +129,6 @@ class Document:
     created_at: str
     updated_at: str
     request_id: str | None
-    run_id: str | None
     attempts: int
     progress: int
     message: str
@@ -137,13 +140,13 @@ class Document:
 COLUMNS = ", ".join(field.name for field in fields(Document))
 
 
-def _document(row: tuple[Any, ...]) -> Document:
-    return Document(*row)
+def utc_text(moment: datetime) -> str:
+    """RFC 3339 with microseconds and Z, of a moment in UTC; sorts by time as text."""
+    return moment.isoformat(timespec="microseconds")[:26] + "Z"
 
 
 def utc_now() -> str:
-    """RFC 3339 in UTC; sorts by time as text."""
-    return datetime.now(timezone.utc).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    return utc_text(datetime.now(timezone.utc))
 
 
 class _ProcessLock:
@@ -243,7 +246,7 @@ class Database:
             self._commit([task for task in batch if task and task[0].set_running_or_notify_cancel()])
 
     def _commit(self, batch: Sequence[Task]) -> None:
-        """One transaction for all. When one of them fails, each gets a transaction of its own."""
+        """One transaction for all. When one of them breaks it, each gets a transaction of its own."""
         try:
             results = self._transaction([operation for _, operation in batch])
         except BaseException as error:  # raised again by the Future, where the caller waits
@@ -254,13 +257,21 @@ class Database:
                     self._commit([task])
         else:
             for (future, _), result in zip(batch, results):
-                future.set_result(result)
+                if isinstance(result, Refused):
+                    future.set_exception(result)
+                else:
+                    future.set_result(result)
 
     def _transaction(self, operations: Sequence[Callable[[], Any]]) -> list[Any]:
+        results: list[Any] = []
         with self._lock:
             try:
                 self._w.execute("BEGIN IMMEDIATE")
-                results = [operation() for operation in operations]
+                for operation in operations:
+                    try:
+                        results.append(operation())
+                    except Refused as refusal:
+                        results.append(refusal)
                 self._w.execute("COMMIT")
                 return results
             finally:
@@ -270,8 +281,7 @@ class Database:
     @write
     def check(self) -> None:
         """sqlite3.Error when nothing can be written now."""
-        self._w.execute("DELETE FROM login_failures WHERE failed_at < ?", (time.time() - FAILURE_WINDOW,))
-        self._w.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # a page to write, whatever the line above found
+        self._w.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # writes a page
 
     # Users and sessions
 
@@ -388,9 +398,9 @@ class Database:
             " ON CONFLICT (owner_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING"
             f" RETURNING {COLUMNS}",
             (document_id, owner_id, filename, media_type, size, sha256, idempotency_key, now, now)).fetchone()
-        document = _document(row or self._w.execute(
+        document = Document(*(row or self._w.execute(
             f"SELECT {COLUMNS} FROM documents WHERE owner_id = ? AND idempotency_key = ?",
-            (owner_id, idempotency_key)).fetchone())
+            (owner_id, idempotency_key)).fetchone()))
         if document.sha256 != sha256:
             raise KeyReused
         return document
@@ -399,7 +409,7 @@ class Database:
         row = self._r.execute(
             f"SELECT {COLUMNS} FROM documents WHERE document_id = ? AND owner_id = ?",
             (document_id, owner_id)).fetchone()
-        return _document(row) if row else None
+        return Document(*row) if row else None
 
     def documents(self, owner_id: str, limit: int, status: Status | None,
                   before: tuple[str, str] | None) -> list[Document]:
@@ -412,7 +422,7 @@ class Database:
         rows = self._r.execute(
             f"SELECT {COLUMNS} FROM documents WHERE {where} ORDER BY created_at DESC, document_id DESC LIMIT ?",
             (*values, limit))
-        return [_document(row) for row in rows]
+        return [Document(*row) for row in rows]
 
     @write
     def delete(self, document_id: str, owner_id: str) -> bool:
@@ -421,8 +431,8 @@ class Database:
             "DELETE FROM documents WHERE document_id = ? AND owner_id = ?", (document_id, owner_id)).rowcount == 1
 
     @write
-    def unknown(self, document_ids: Sequence[str]) -> list[str]:
-        """Those of the ids that no document has."""
+    def without_document(self, document_ids: Sequence[str]) -> list[str]:
+        """Those of the ids that no document has. On the writer's thread, since the sweep is not on the reader's."""
         rows = self._w.execute(
             "SELECT value FROM json_each(?) WHERE value NOT IN (SELECT document_id FROM documents)",
             (json.dumps(document_ids),))
@@ -441,8 +451,8 @@ class Database:
         QueueFull when a run would have to start and `max_queue` documents wait already."""
         find = f"SELECT {COLUMNS} FROM documents WHERE document_id = ? AND owner_id = ?"
         row = self._w.execute(find, (document_id, owner_id)).fetchone()
-        if not row or _document(row).status in (Status.PROCESSING, Status.COMPLETED):
-            return _document(row) if row else None
+        if not row or Document(*row).status in (Status.PROCESSING, Status.COMPLETED):
+            return Document(*row) if row else None
         if self._queued(max_queue) == max_queue:
             raise QueueFull
         now = utc_now()
@@ -450,7 +460,7 @@ class Database:
             "UPDATE documents SET status = 'PROCESSING', request_id = ?, queued_at = ?, updated_at = ?, run_id = NULL,"
             " attempts = 0, progress = 0, message = 'waiting for a worker', started_at = NULL, finished_at = NULL,"
             " error = NULL WHERE document_id = ?", (request_id, now, now, document_id))
-        return _document(self._w.execute(find, (document_id, owner_id)).fetchone())
+        return Document(*self._w.execute(find, (document_id, owner_id)).fetchone())
 
     def _queued(self, at_most: int) -> int:
         (count,) = self._w.execute(
@@ -467,7 +477,7 @@ class Database:
             " started_at = ?, updated_at = ? WHERE document_id = (SELECT document_id FROM documents"
             " WHERE status = 'PROCESSING' AND run_id IS NULL ORDER BY queued_at LIMIT 1)"
             f" RETURNING {COLUMNS}", (run_id, time.time(), now, now)).fetchone()
-        return _document(row) if row else None
+        return Document(*row) if row else None
 
     @write
     def progress(self, run_id: str, document_id: str, percent: int, message: str) -> None:
@@ -501,10 +511,10 @@ class Database:
             "UPDATE documents SET run_id = NULL, attempts = attempts - 1, progress = 0, started_at = NULL,"
             " message = 'waiting for a worker', updated_at = ? WHERE run_id IN (SELECT value FROM json_each(?))"
             f" AND status = 'PROCESSING' RETURNING {COLUMNS}", (utc_now(), json.dumps(run_ids)))
-        return [_document(row) for row in rows]
+        return [Document(*row) for row in rows]
 
     @write
-    def keep(self, run_ids: Sequence[str], lease: float, max_attempts: int) -> tuple[list[Document], int]:
+    def keep_leases(self, run_ids: Sequence[str], lease: float, max_attempts: int) -> tuple[list[Document], int]:
         """The keeper's round: a sign of life for these runs; runs of others that have been silent for the lease go
         back to the queue, or FAILED after the last attempt. Those documents, and how many wait (up to 1000)."""
         now, stamp, interrupted = time.time(), utc_now(), "The worker died while it ran, each time."
@@ -522,7 +532,7 @@ class Database:
             "UPDATE documents SET run_id = NULL, progress = 0, started_at = NULL, updated_at = ?,"
             f" message = 'waiting for a worker' {silent} < ? RETURNING {COLUMNS}",
             (stamp, now - lease, max_attempts)).fetchall()
-        return [_document(row) for row in (*failed, *requeued)], self._queued(1000)
+        return [Document(*row) for row in (*failed, *requeued)], self._queued(1000)
 
     def version(self) -> int:
         """Another number whenever anything was committed, by any process."""

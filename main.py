@@ -13,7 +13,7 @@
     GET    /documents/{id}/result
     GET    /healthz, /readyz
 
-This is the only room that knows HTTP, the environment and the log. It is written in the order of a request's way.
+This is the only module that knows HTTP, the environment and the log. It is written in the order of a request's way.
 """
 import argparse
 import asyncio
@@ -68,7 +68,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import auth
-from db import Database, Document, KeyReused, QueueFull, RunLost, Status, UnusableDatabase, User
+from db import Database, Document, KeyReused, QueueFull, RunLost, Status, UnusableDatabase, User, utc_text
 from storage import LocalStorage, Storage, Writer, fsync_folder
 
 try:
@@ -111,6 +111,8 @@ class Settings(BaseModel, frozen=True):
         except ValidationError as error:
             raise UnusableSetting("; ".join(
                 f"DOCS_{str(problem['loc'][0]).upper()}: {problem['msg']}" for problem in error.errors())) from None
+        if environment.get("DOCS_DATA_DIR") == "":
+            raise UnusableSetting("DOCS_DATA_DIR: should be a folder")
         if settings.jwt_secret is not None and len(settings.jwt_secret.encode(errors="surrogateescape")) < 32:
             raise UnusableSetting("DOCS_JWT_SECRET: should have at least 32 bytes")
         return settings
@@ -134,7 +136,7 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, Any] = {
-            "timestamp": datetime.fromtimestamp(record.created, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+            "timestamp": utc_text(datetime.fromtimestamp(record.created, timezone.utc)),
             "level": record.levelname,
             "logger": record.name,
             "event": record.getMessage(),
@@ -149,7 +151,7 @@ class JsonFormatter(logging.Formatter):
                 entry["exception"] += f": {failure}"
             entry["stack"] = "".join(traceback.format_tb(failure.__traceback__))
         line, longest = json.dumps(entry, default=str), LINE_LIMIT
-        while len(line) >= LINE_LIMIT:
+        while len(line) >= LINE_LIMIT and longest > 1:
             longest //= 2
             line = json.dumps({
                 key: "..." + value[-longest:] if isinstance(value, str) and len(value) > longest else value
@@ -355,14 +357,17 @@ def invalid(msg: str, *loc: str | int) -> Problem:
     return Problem("validation_error", errors=[{"loc": loc, "msg": msg}])
 
 
+def loc_and_msg(failure: RequestValidationError | ValidationError) -> list[dict[str, Any]]:
+    return [{"loc": error["loc"], "msg": error["msg"]} for error in failure.errors()]
+
+
 def problem_of(request: Request, failure: Exception) -> Problem:
-    """The one table from exceptions to answers."""
+    """The table from exceptions, ours and those of the libraries, to answers."""
     match failure:
         case Problem():
             return failure
-        case RequestValidationError() | ValidationError():
-            return Problem("validation_error", errors=[
-                {"loc": error["loc"], "msg": error["msg"]} for error in failure.errors()])
+        case RequestValidationError():
+            return Problem("validation_error", errors=loc_and_msg(failure))
         case HTTPException(status_code=405):
             methods = {method for route in router.routes if isinstance(route, Route)
                        and route.path_regex.match(request.scope["path"]) for method in route.methods or ()}
@@ -520,14 +525,16 @@ class Service:
     def close(self) -> None:
         """After `begin_exit`."""
         self.worker.stop(self.exit_by or 0.0)
-        self.passwords.shutdown(wait=False, cancel_futures=True)
+        for pool in (self.passwords, self.files):
+            pool.shutdown(wait=False, cancel_futures=True)
         self.db.close()
 
 
 def prepare_folder(folder: Path) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with contextlib.suppress(PermissionError):  # a mounted volume of another owner stays as its operator made it
-        folder.chmod(0o700)
+    if not any(folder.iterdir()):  # else it may be somebody's home, or /tmp
+        with contextlib.suppress(PermissionError):  # a mounted volume of another owner
+            folder.chmod(0o700)
     fsync_folder(folder.parent)
 
 
@@ -598,15 +605,16 @@ async def body_chunks(request: Request, limit: int) -> AsyncIterator[bytes]:
     """The body as it comes. Problem: too_large, before the first byte when the length is declared; upload_timeout."""
     if int(request.headers.get("content-length", 0)) > limit:
         raise Problem("too_large")
-    size, stream, idle_seconds = 0, request.stream(), service_of(request).settings.upload_idle_seconds
-    while True:
+    size, more, idle_seconds = 0, True, service_of(request).settings.upload_idle_seconds
+    while more:
         try:
             async with asyncio.timeout(idle_seconds):
-                chunk = await anext(stream, b"")
+                message = await request.receive()
         except TimeoutError:
             raise Problem("upload_timeout", headers={"Connection": "close"}) from None
-        if not chunk:
-            return
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        more, chunk = message.get("more_body", False), message.get("body", b"")
         size += len(chunk)
         if size > limit:
             raise Problem("too_large")
@@ -617,22 +625,23 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 async def read_fields(request: Request, model: type[Model]) -> Model:
-    """A small body, JSON or an HTML form, as this model; ValidationError when it does not fit."""
+    """A small body, JSON or an HTML form, as this model; Problem when it does not fit."""
     media_type, _ = parse_options_header(request.headers.get("content-type"))
     if media_type not in (b"application/json", b"application/x-www-form-urlencoded"):
         raise Problem("unsupported_media_type", "Send application/json or application/x-www-form-urlencoded.")
-    chunks = body_chunks(request, SMALL_BODY)
-    body = b"".join([chunk async for chunk in chunks])
-    if media_type == b"application/json":
-        return model.model_validate_json(body)
+    body = b"".join([chunk async for chunk in body_chunks(request, SMALL_BODY)])
     try:
+        if media_type == b"application/json":
+            return model.model_validate_json(body)
         pairs = parse_qsl(body.decode(), keep_blank_values=True, errors="strict")
+        for name in model.model_fields:
+            if sum(name == sent for sent, _ in pairs) > 1:  # RFC 6749, 3.2
+                raise invalid("The field is there twice.", name)
+        return model.model_validate(dict(pairs))
+    except ValidationError as failure:
+        raise Problem("validation_error", errors=loc_and_msg(failure)) from None
     except ValueError:
         raise invalid("The form can't be read.", "body") from None
-    for name in model.model_fields:
-        if sum(name == sent for sent, _ in pairs) > 1:  # RFC 6749, 3.2
-            raise invalid("The field is there twice.", name)
-    return model.model_validate(dict(pairs))
 
 
 SMALL_BODY = 65536  # bytes: also what a multipart body may have around its file
@@ -645,7 +654,8 @@ MEDIA_TYPES = {".pdf": PDF, ".docx": DOCX}
 class Upload:
     """The one file of a multipart body on its way into the storage: parsed, checked, hashed and written as it comes.
 
-    `feed` runs on the event loop, `flush` and `finish` in a thread. Whatever ends it early, `close` leaves no trace.
+    `feed` runs on the event loop, the others in a thread, one at a time: a `close` waits for a `finish` that goes on
+    although its request was cancelled. Whatever ends the upload early, `close` leaves no trace.
     """
 
     def __init__(self, request: Request, key: str) -> None:
@@ -658,8 +668,9 @@ class Upload:
         self.sha256 = hashlib.sha256()
         self._storage, self._key = service.storage, key
         self._writer: Writer | None = None
+        self._one_at_a_time = threading.RLock()
         self._head = b""
-        self._known = False  # that the content begins as its type does
+        self._start_is_right = False  # that the content begins as its type does
         self._pending: list[bytes] = []
         self._parts, self._in_file, self._ended = 0, False, False
         self._header, self._value, self._disposition = b"", b"", b""
@@ -683,7 +694,8 @@ class Upload:
         if self.size > self.max_size:
             raise Problem("too_large", f"The file is larger than {self.max_size} bytes.")
         self._check_start(complete=False)
-        return self._known and not self._ended and bool(self._pending) and (self.started or self.size >= FLUSH_SIZE)
+        waiting = self._start_is_right and bool(self._pending) and not self._ended
+        return waiting and (self.started or self.size >= FLUSH_SIZE)
 
     def _on_part_begin(self) -> None:
         self._parts += 1
@@ -722,31 +734,32 @@ class Upload:
             piece = data[start:end]
             self.size += len(piece)
             self._pending.append(piece)
-            if not self._known:
+            if not self._start_is_right:
                 self._head = (self._head + piece)[:1024]
 
     def _on_end(self) -> None:
         self._ended = True
 
     def _check_start(self, complete: bool) -> None:
-        if self._known or not self._head:
+        if self._start_is_right or not self._head:
             return
         if self.media_type == PDF:
-            self._known, decided = b"%PDF-" in self._head, len(self._head) == 1024
+            self._start_is_right, decided = b"%PDF-" in self._head, len(self._head) == 1024
         else:
-            self._known, decided = self._head.startswith(b"PK\x03\x04"), len(self._head) >= 8
+            self._start_is_right, decided = self._head.startswith(b"PK\x03\x04"), len(self._head) >= 8
         if decided and self._head.startswith(OLE_MAGIC):
             raise Problem("unsupported_media_type", "This Office file is encrypted (or of the old .doc format).")
-        if (decided or complete) and not self._known:
+        if (decided or complete) and not self._start_is_right:
             raise Problem("unsupported_media_type", "The content is not what the extension says.")
 
     def flush(self) -> None:
-        if self._writer is None:
-            self._writer = self._storage.create(self._key)
-        for piece in self._pending:
-            self.sha256.update(piece)
-            self._writer.write(piece)
-        self._pending.clear()
+        with self._one_at_a_time:
+            if self._writer is None:
+                self._writer = self._storage.create(self._key)
+            for piece in self._pending:
+                self.sha256.update(piece)
+                self._writer.write(piece)
+            self._pending.clear()
 
     def finish(self) -> None:
         """After the return the file is safely stored, or a Problem has said why not."""
@@ -757,11 +770,12 @@ class Upload:
         if not self.size:
             raise invalid("The file is empty.", "body", "file")
         self._check_start(complete=True)
-        self.flush()
-        assert self._writer is not None
-        with self._writer:
-            self._writer.commit()
-        self._writer = None
+        with self._one_at_a_time:
+            self.flush()
+            assert self._writer is not None
+            with self._writer:
+                self._writer.commit()
+            self._writer = None
         if self.media_type == DOCX:
             try:
                 with self._storage.open(self._key) as file:
@@ -775,8 +789,9 @@ class Upload:
         return self._writer is not None
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.__exit__()
+        with self._one_at_a_time:
+            if self._writer is not None:
+                self._writer.__exit__()
 
 
 def shown_filename(name: str) -> str:
@@ -962,8 +977,8 @@ class Worker:
         """Something waits. A claimer that has not looked yet will see it, so one a thread is enough."""
         with self._changed:
             if self._unstarted < self._settings.process_workers and not self._stopping:
-                self._unstarted += 1
                 self._pool.submit(self._claim_all)
+                self._unstarted += 1
 
     def stop_claiming(self) -> None:
         with self._changed:
@@ -1002,7 +1017,7 @@ class Worker:
                 return False
             request_id_of_context.set(document.request_id)
             self._run(run_id, document)
-        except sqlite3.Error as failure:  # what can't be written now is tried again when the lease has run out
+        except (sqlite3.Error, OSError) as failure:  # what can't be written now is tried again after the lease
             log_event("storage_error", logging.ERROR, failure=failure)
             return False
         finally:
@@ -1057,9 +1072,9 @@ class Worker:
             with self._changed:
                 run_ids = list(self._run_ids)
             try:
-                ended, waiting = self._db.keep(
+                ended, waiting = self._db.keep_leases(
                     run_ids, self._settings.lease_seconds, self._settings.max_attempts).result()
-            except sqlite3.Error as failure:
+            except (sqlite3.Error, OSError) as failure:
                 log_event("storage_error", logging.ERROR, failure=failure)
                 continue
             for document in ended:
@@ -1108,10 +1123,13 @@ class Watch:
         while True:
             await self._somebody.wait()
             await asyncio.sleep(0.05)
-            version = self._db.version()
-            if version != seen:
-                self._wake(self._db.not_processing(list(self._waiting)))
-            seen = version
+            try:
+                version = self._db.version()
+                if version != seen:
+                    self._wake(self._db.not_processing(list(self._waiting)))
+                seen = version
+            except sqlite3.Error as failure:
+                log_event("storage_error", logging.ERROR, failure=failure)
             if not self._waiting:
                 self._somebody.clear()
 
@@ -1283,7 +1301,8 @@ async def list_documents(request: Request, response: Response, user: CurrentUser
 def read_cursor(cursor: str) -> tuple[str, str]:
     try:
         created_at, document_id = base64.urlsafe_b64decode(cursor).decode().split(" ")
-        datetime.fromisoformat(created_at), uuid.UUID(document_id)
+        datetime.fromisoformat(created_at)
+        uuid.UUID(document_id)
         return created_at, document_id
     except ValueError:
         raise invalid("Use the cursor of a Link header, unchanged.", "query", "cursor") from None
@@ -1465,8 +1484,7 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
     application = Api(
         title="Document Lifecycle API", version="1.0.0", description=DESCRIPTION, lifespan=lifespan,
         redirect_slashes=False, redoc_url=None, exception_handlers={
-            kind: answer_problem for kind in (Problem, RequestValidationError, ValidationError, HTTPException, OSError,
-                                              sqlite3.Error)})
+            kind: answer_problem for kind in (Problem, RequestValidationError, HTTPException, OSError, sqlite3.Error)})
     application.add_middleware(RequestMiddleware)
     application.router.routes += router.routes  # `include_router` would match each request twice
     return application
@@ -1505,11 +1523,11 @@ def exit_signals(service: Service) -> Iterator[None]:
 
 
 async def sweep(service: Service) -> None:
-    """Removes files without a document, of uploads and deletes that a crash cut short: at the start, and once more
-    when those are old enough that were too young then. An upload writes or ends within the idle time; ten of them
-    are more than its last fsync and commit can take."""
-    age = 10 * service.settings.upload_idle_seconds
-    for pause in (0.0, age):
+    """Removes files without a document, of uploads and deletes that were cut short: at the start, again when those are
+    old enough that were too young then, and every hour. An upload writes or ends within the idle time; ten of them,
+    or five minutes, are more than its last fsync and commit can take."""
+    age = max(300.0, 10 * service.settings.upload_idle_seconds)
+    for pause in itertools.chain((0.0, age), itertools.repeat(3600.0)):
         await asyncio.sleep(pause)
         try:
             await run_in_threadpool(remove_orphans, service, age)
@@ -1520,7 +1538,7 @@ async def sweep(service: Service) -> None:
 def remove_orphans(service: Service, age: float) -> None:
     keys = service.storage.keys(age)
     while some := list(itertools.islice(keys, 1000)):
-        for key in service.db.unknown(some).result():
+        for key in service.db.without_document(some).result():
             service.storage.delete(key)
             log_event("orphan_removed", key=key)
 

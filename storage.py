@@ -1,7 +1,7 @@
 """Bytes under keys: the `Storage` protocol and its local disk.
 
-This room knows neither SQL nor HTTP nor the names that clients give their files. Another store (S3, GCS) is one
-more class with these methods; `test_storage_*` is the contract as tests, to be run over it too.
+This module knows neither SQL nor HTTP nor the names that clients give their files. Another store (S3, GCS) is two more
+classes with these methods; `test_storage_*` is the contract as tests, to be run over it too.
 """
 import contextlib
 import os
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol, Self
 
 
+KEY = re.compile(r"[A-Za-z0-9-]{1,64}")
 O_BINARY = getattr(os, "O_BINARY", 0)  # Windows
 
 
@@ -75,9 +76,10 @@ class LocalStorage:
         limit = time.time() - older_than
         with os.scandir(self._folder) as entries:
             for entry in entries:
+                key = entry.name.removesuffix(".part")
                 with contextlib.suppress(FileNotFoundError):  # deleted or renamed meanwhile
-                    if entry.stat().st_mtime < limit:
-                        yield entry.name.removesuffix(".part")
+                    if KEY.fullmatch(key) and entry.is_file() and entry.stat().st_mtime < limit:
+                        yield key
 
     def check(self) -> None:
         probe = self._folder / f"probe-{os.getpid()}.part"  # one that is left behind is swept like any other
@@ -85,7 +87,7 @@ class LocalStorage:
         probe.unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
-        if not re.fullmatch(r"[A-Za-z0-9-]{1,64}", key):
+        if not KEY.fullmatch(key):
             raise ValueError("not a storage key")
         return self._folder / key
 

@@ -241,7 +241,7 @@ def test_generated_secrets_are_private_and_kept(tmp_path: Path) -> None:
     ("DOCS_REFRESH_TOKEN_SECONDS", "a week"), ("DOCS_MAX_UPLOAD_BYTES", "-1"), ("DOCS_UPLOAD_IDLE_SECONDS", "nan"),
     ("DOCS_PROCESS_WORKERS", "1.5"), ("DOCS_PROCESS_SECONDS", "inf"), ("DOCS_LEASE_SECONDS", ""),
     ("DOCS_MAX_ATTEMPTS", "0"), ("DOCS_MAX_QUEUE", "0"), ("DOCS_SHUTDOWN_SECONDS", "-1"),
-    ("DOCS_LOG_LEVEL", "LOUD"), ("DOCS_ADMIN_USERNAME", ""), ("DOCS_ADMIN_PASSWORD", "")])
+    ("DOCS_LOG_LEVEL", "LOUD"), ("DOCS_DATA_DIR", ""), ("DOCS_ADMIN_USERNAME", ""), ("DOCS_ADMIN_PASSWORD", "")])
 def test_bad_setting_is_named(name: str, value: str) -> None:
     with pytest.raises(main.UnusableSetting, match=f"^{name}: .*should") as failure:
         Settings.from_environment({name: value})
@@ -915,6 +915,14 @@ def test_storage_keys_tells_old_objects_finished_or_not(storage: Storage) -> Non
     unfinished.__exit__()
     storage.check()
     assert list(storage.keys(-60)) == ["done"]
+
+
+def test_local_storage_leaves_what_is_not_its_own(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path / "files")
+    (tmp_path / "files" / "lost+found").mkdir()
+    (tmp_path / "files" / "folder").mkdir()
+    (tmp_path / "files" / ".nfs0001").touch()
+    assert list(storage.keys(-60)) == []
 
 
 @pytest.mark.parametrize("key", ["", "../x", "a/b", ".", "a.part", "\x00", "x" * 65])
