@@ -535,7 +535,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     for name, result in results.items():
         lines += ["", f"{name}: {result['title']}"]
         for row, sample in result["rows"].items():
-            others = (f"{figure}: {shown(value)}" for figure, value in sample.items() if figure not in COLUMNS)
+            others = (f"{figure}: {value:.4g}" for figure, value in sample.items() if figure not in COLUMNS)
             lines += [line(row, sample), *(f"      {other}" for other in others)]
         lines += [line(pair, ratios, "x") for pair, ratios in result["ratios"].items()]
     return "\n".join(lines)
@@ -548,7 +548,7 @@ def line(label: str, figures: Sample, unit: str = "") -> str:
 
 def shown(value: float) -> str:
     """Three digits that count."""
-    return f"{value:.{0 if value >= 100 or isinstance(value, int) else 1 if value >= 10 else 2}f}"
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
 
 
 def machine(folder: Path) -> str:

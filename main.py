@@ -43,7 +43,7 @@ import uuid
 import zipfile
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from datetime import datetime, timezone
 from http import HTTPStatus
@@ -113,8 +113,6 @@ class Settings(BaseModel, frozen=True):
                 f"DOCS_{str(problem['loc'][0]).upper()}: {problem['msg']}" for problem in error.errors())) from None
         if environment.get("DOCS_DATA_DIR") == "":
             raise UnusableSetting("DOCS_DATA_DIR: should be a folder")
-        if settings.jwt_secret is not None and len(settings.jwt_secret.encode(errors="surrogateescape")) < 32:
-            raise UnusableSetting("DOCS_JWT_SECRET: should have at least 32 bytes")
         return settings
 
 
@@ -389,6 +387,8 @@ async def answer_problem(request: Request, failure: Exception) -> Response:
 EXAMPLE_MEMBERS: dict[str, dict[str, Any]] = {
     "invalid_grant": {"error": "invalid_grant", "error_description": PROBLEMS["invalid_grant"][1]},
     "validation_error": {"errors": [{"loc": ["query", "limit"], "msg": "Input should be less than or equal to 200"}]},
+    "idempotency_key_reused": {"errors": [
+        {"loc": ["header", "Idempotency-Key"], "msg": "It was used for another file."}]},
     "processing_failed": {"error": {
         "code": "damaged_document", "message": "The PDF has no end-of-file marker.", "retryable": False}},
 }
@@ -469,14 +469,20 @@ def short_startup_failure(send: Send) -> Send:
 
 
 def client_address(request: Request) -> str:
-    """uvicorn believes the X-Forwarded-For of any client on the loopback, unless FORWARDED_ALLOW_IPS says whom to
-    trust. A made-up address must neither dodge the throttle nor lock another address out."""
+    """uvicorn believes the X-Forwarded-For of its own machine, unless FORWARDED_ALLOW_IPS says whom to trust. Without
+    that no made-up address may dodge the throttle or lock another address out: it counts as this machine's."""
     host = request.client.host if request.client else "unknown"
+    server, _ = request.scope.get("server") or ("", None)
     forwarded = ",".join(request.headers.getlist("x-forwarded-for"))
-    return "unverified" if host in forwarded and "FORWARDED_ALLOW_IPS" not in os.environ else host
+    made_up = host in forwarded and server in ("127.0.0.1", "::1") and "FORWARDED_ALLOW_IPS" not in os.environ
+    return server if made_up else host
 
 
 # Dependencies
+
+
+T = TypeVar("T")
+WRITE_SECONDS = 10.0
 
 
 class Service:
@@ -488,9 +494,15 @@ class Service:
         folder = settings.data_dir
         prepare_folder(folder)
         secret = settings.jwt_secret or secret_file(folder / "jwt-secret")
-        self.signer = auth.TokenSigner(secret.encode(errors="surrogateescape"))
+        try:
+            self.signer = auth.TokenSigner(secret.encode(errors="surrogateescape"))
+        except ValueError as error:
+            raise UnusableSetting(f"DOCS_JWT_SECRET: {error}, also in {folder / 'jwt-secret'}") from None
         self.storage = storage or LocalStorage(folder / "files")
-        self.db = Database(folder / "documents.db")
+        database = folder / "documents.db"
+        if not (database.exists() and database.stat().st_size) and next(self.storage.keys(-math.inf), None):
+            raise UnusableDatabase("there are stored files but no database: was documents.db lost?")
+        self.db = Database(database)
         self.passwords = ThreadPoolExecutor(2, "password")  # so that scrypt takes its memory twice at most
         self.files = ThreadPoolExecutor(8, "file")  # enough for parallel fsyncs, too few to fight over the GIL
         self.worker = Worker(self.db, self.storage, pipeline or functools.partial(
@@ -512,7 +524,7 @@ class Service:
         """OSError or sqlite3.Error when documents can't be taken. That they can is believed for a second."""
         if time.monotonic() > self._ready_until:
             await run_in_threadpool(self.storage.check)
-            await asyncio.wrap_future(self.db.check())
+            await written(self.db.check())
             self._ready_until = time.monotonic() + 1
 
     def begin_exit(self) -> None:
@@ -531,11 +543,14 @@ class Service:
 
 
 def prepare_folder(folder: Path) -> None:
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not any(folder.iterdir()):  # else it may be somebody's home, or /tmp
-        with contextlib.suppress(PermissionError):  # a mounted volume of another owner
-            folder.chmod(0o700)
-    fsync_folder(folder.parent)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not any(folder.iterdir()):  # else it may be somebody's home, or /tmp
+            with contextlib.suppress(PermissionError):  # a mounted volume of another owner
+                folder.chmod(0o700)
+        fsync_folder(folder.parent)
+    except OSError as error:
+        raise UnusableSetting(f"DOCS_DATA_DIR: should be a folder that can be used ({error.strerror})") from error
 
 
 def secret_file(path: Path) -> str:
@@ -553,6 +568,12 @@ def secret_file(path: Path) -> str:
                 draft.unlink()
             fsync_folder(path.parent)
     return path.read_text().strip()
+
+
+async def written(future: Future[T]) -> T:
+    """What a write to the database returned. TimeoutError, an OSError, when another process does not let go of it."""
+    async with asyncio.timeout(WRITE_SECONDS):
+        return await asyncio.wrap_future(future)
 
 
 def service_of(request: Request) -> Service:
@@ -673,6 +694,8 @@ class Upload:
         self._start_is_right = False  # that the content begins as its type does
         self._pending: list[bytes] = []
         self._parts, self._in_file, self._ended = 0, False, False
+        # The sweep takes a file for abandoned when it was not written for long, so nothing else may go on for long.
+        self._patience, self._last_piece = 5 * service.settings.upload_idle_seconds, time.monotonic()
         self._header, self._value, self._disposition = b"", b"", b""
         try:
             if not options.get(b"boundary"):
@@ -691,6 +714,8 @@ class Upload:
             self._parser.write(chunk)
         except FormParserError:
             raise Problem("malformed_body") from None
+        if time.monotonic() > self._last_piece + self._patience:
+            raise Problem("upload_timeout", headers={"Connection": "close"})
         if self.size > self.max_size:
             raise Problem("too_large", f"The file is larger than {self.max_size} bytes.")
         self._check_start(complete=False)
@@ -734,6 +759,7 @@ class Upload:
             piece = data[start:end]
             self.size += len(piece)
             self._pending.append(piece)
+            self._last_piece = time.monotonic()
             if not self._start_is_right:
                 self._head = (self._head + piece)[:1024]
 
@@ -874,7 +900,7 @@ def check_is_docx(file: BinaryIO) -> None:
         raise Problem("unsupported_media_type", str(error)) from None
     if f"{DOCX}.main+xml" not in declared:
         raise Problem("unsupported_media_type", "This Office file is not a Word document (DOCX).")
-    if any("macroenabled" in declaration or "vbaproject" in declaration for declaration in declared):
+    if any("vbaproject" in declaration for declaration in declared):
         raise Problem("unsupported_media_type", "Documents with macros are not accepted.")
 
 
@@ -1047,7 +1073,10 @@ class Worker:
         def progress(percent: int, message: str) -> None:
             if self._stopped.is_set():
                 raise RunLost
-            self._db.progress(run_id, document.document_id, max(0, min(int(percent), 99)), message).result()
+            try:
+                self._db.progress(run_id, document.document_id, max(0, min(int(percent), 99)), message).result()
+            except sqlite3.Error as failure:  # no fault of the pipeline, and no harm
+                log_event("storage_error", logging.ERROR, failure=failure)
 
         try:
             file = self._storage.open(document.document_id)
@@ -1192,14 +1221,14 @@ async def login(request: Request, response: Response) -> Tokens:
             service.passwords, auth.verify_password, credentials.password, user.password_hash if user else None)
         if user and correct:
             session_id, jti, end = str(uuid.uuid4()), str(uuid.uuid4()), time.time() + SESSION_SECONDS
-            outcome = await asyncio.wrap_future(db.login_succeeded(user, client, session_id, jti, end))
+            outcome = await written(db.login_succeeded(user, client, session_id, jti, end))
             if outcome == 0:
                 request.state.username = name
                 log_event("login_succeeded", user=name, client=client)
                 return sign_tokens(service, response, user.user_id, session_id, jti, end)
             wait = outcome or 0.0
         else:
-            wait = await asyncio.wrap_future(db.login_failed(name, client))
+            wait = await written(db.login_failed(name, client))
     log_event("login_throttled" if wait else "login_failed", logging.WARNING, user=name, client=client)
     if wait:
         raise Problem("too_many_attempts", headers={"Retry-After": str(math.ceil(wait))})
@@ -1218,7 +1247,7 @@ async def refresh(request: Request, response: Response) -> Tokens:
     except auth.InvalidToken:
         raise refused from None
     jti = str(uuid.uuid4())
-    end, username = await asyncio.wrap_future(service.db.rotate(claims.session_id, claims.jti, jti))
+    end, username = await written(service.db.rotate(claims.session_id, claims.jti, jti))
     if end is None:
         if username:
             log_event("token_reused", logging.WARNING, user=username, client=client_address(request))
@@ -1235,7 +1264,7 @@ async def logout(request: Request) -> None:
     service, sent = service_of(request), await read_fields(request, RefreshToken)
     with contextlib.suppress(auth.InvalidToken):  # 204 all the same (RFC 7009, 2.2)
         claims = service.signer.verify(auth.REFRESH, sent.refresh_token, allow_expired=True)
-        if username := await asyncio.wrap_future(service.db.end_session(claims.session_id)):
+        if username := await written(service.db.end_session(claims.session_id)):
             log_event("logged_out", user=username, client=client_address(request))
 
 
@@ -1264,12 +1293,16 @@ async def upload(request: Request, response: Response, user: CurrentUser,
         if incoming.started:
             await asyncio.get_running_loop().run_in_executor(service.files, incoming.close)
     try:
-        document = await asyncio.wrap_future(service.db.add_document(
+        document = await written(service.db.add_document(
             document_id, user.user_id, incoming.filename, incoming.media_type, incoming.size,
             incoming.sha256.hexdigest(), idempotency_key))
     except KeyReused:
         await run_in_threadpool(service.storage.delete, document_id)
-        raise Problem("idempotency_key_reused") from None
+        raise Problem("idempotency_key_reused", errors=[
+            {"loc": ["header", "Idempotency-Key"], "msg": "It was used for another file."}]) from None
+    except sqlite3.IntegrityError:  # the user was removed meanwhile
+        await run_in_threadpool(service.storage.delete, document_id)
+        raise Problem("invalid_token", headers=BAD_BEARER) from None
     # After any other failure the file stays: a commit that failed may yet be found done after a crash. If it isn't,
     # the sweep takes the file.
     if document.document_id == document_id:
@@ -1320,10 +1353,10 @@ async def get_one(document: OwnDocument) -> Document:
         DOCX: {"schema": {"type": "string", "format": "binary"}, "example": "PK..."}}},
     304: {"description": "Not Modified"}, **answers(*SIGNED_IN, "not_found", "file_missing")})
 async def get_file(document: OwnDocument, request: Request,
-                   if_none_match: Annotated[str | None, Header(alias="If-None-Match")] = None) -> Response:
+                   if_none_match: Annotated[list[str] | None, Header(alias="If-None-Match")] = None) -> Response:
     """The stored bytes, with the SHA-256 as ETag."""
-    etag = f'"{document.sha256}"'
-    if if_none_match and re.search(rf'(^|,)\s*(\*|(W/)?{etag})\s*(,|$)', if_none_match):
+    etag, known = f'"{document.sha256}"', ",".join(if_none_match or ())
+    if re.search(rf'(^|,)\s*(\*|(W/)?{etag})\s*(,|$)', known):
         return Response(status_code=304, headers={"ETag": etag})
     try:
         file = await run_in_threadpool(service_of(request).storage.open, document.document_id)
@@ -1346,7 +1379,7 @@ async def get_file(document: OwnDocument, request: Request,
 async def delete(document_id: uuid.UUID, request: Request, user: CurrentUser) -> None:
     """Removes the document, also while it is being processed."""
     service = service_of(request)
-    if not await asyncio.wrap_future(service.db.delete(str(document_id), user.user_id)):
+    if not await written(service.db.delete(str(document_id), user.user_id)):
         raise Problem("not_found")
     log_event("deleted", document_id=str(document_id))
     try:
@@ -1363,7 +1396,7 @@ async def process(document_id: uuid.UUID, request: Request, response: Response,
     """Starts processing an UPLOADED or FAILED document. Idempotent: however many calls come, one run starts."""
     service = service_of(request)
     try:
-        document = found(await asyncio.wrap_future(service.db.enqueue(
+        document = found(await written(service.db.enqueue(
             str(document_id), user.user_id, request_id_of_context.get() or "", service.settings.max_queue)))
     except QueueFull:
         raise Problem("queue_full", headers=SOON) from None
@@ -1588,12 +1621,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def read_password() -> str:
-    if not sys.stdin.isatty():
-        return sys.stdin.readline().rstrip("\r\n")
-    password = getpass.getpass("Password: ")
-    if getpass.getpass("Once more: ") != password:
-        raise LookupError("The two passwords differ.")
-    return password
+    if sys.stdin is None or not sys.stdin.isatty():
+        return sys.stdin.readline().rstrip("\r\n") if sys.stdin else ""
+    try:
+        password = getpass.getpass("Password: ")
+        if getpass.getpass("Once more: ") != password:
+            raise LookupError("The two passwords differ.")
+        return password
+    except (EOFError, KeyboardInterrupt):
+        raise LookupError("No password was given.") from None
 
 
 app = create_app()
