@@ -32,6 +32,7 @@ import re
 import secrets
 import select
 import signal
+import socket
 import sqlite3
 import struct
 import sys
@@ -1506,7 +1507,9 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
         service = Service(used, storage, pipeline)
         service.worker.start()
         tasks = [asyncio.create_task(service.watch.run()), asyncio.create_task(sweep(service))]
-        with exit_signals(service):
+        if server := uvicorn_server():
+            tasks.append(asyncio.create_task(set_no_delay(server)))
+        with exit_signals(server, service):
             yield {"service": service}
             for task in tasks:
                 task.cancel()
@@ -1523,36 +1526,51 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
     return application
 
 
+def uvicorn_server() -> uvicorn.Server | None:
+    """The server that runs this app: its signal handler is one of its methods."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    return server if isinstance(server, uvicorn.Server) else None
+
+
 @contextlib.contextmanager
-def exit_signals(service: Service) -> Iterator[None]:
+def exit_signals(server: uvicorn.Server | None, service: Service) -> Iterator[None]:
     """uvicorn tells of a shutdown only once the last connection has ended, and waits for that without a limit. So
     hear its signals together with it, give its connections the grace that jobs have, and see to the end of the process
     when something holds it up after that: a pipeline that doesn't look up, or a disk that doesn't answer."""
-    loop, grace, heard = asyncio.get_running_loop(), service.settings.shutdown_seconds, {}
+    if server is None:
+        yield
+        return
+    loop, grace, handlers = asyncio.get_running_loop(), service.settings.shutdown_seconds, dict[int, Any]()
 
-    def chain(handler: Callable[[int, FrameType | None], None]) -> Callable[[int, FrameType | None], None]:
-        def on_signal(number: int, frame: FrameType | None) -> None:
-            last_resort = threading.Timer(grace + 1.5, os._exit, [1])
-            last_resort.daemon = True
-            last_resort.start()
-            loop.call_soon_threadsafe(service.begin_exit)
-            handler(number, frame)
-        return on_signal
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        last_resort = threading.Timer(grace + 1.5, os._exit, [1])
+        last_resort.daemon = True
+        last_resort.start()
+        loop.call_soon_threadsafe(service.begin_exit)
+        handlers[number](number, frame)
 
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handler: Any = signal.getsignal(number)
-            server = getattr(handler, "__self__", None)
-            if isinstance(server, uvicorn.Server):
-                server.config.timeout_graceful_shutdown = min(
-                    server.config.timeout_graceful_shutdown or math.inf, grace)  # type: ignore[assignment]
-                heard[number] = handler
-                signal.signal(number, chain(handler))
+    server.config.timeout_graceful_shutdown = min(
+        server.config.timeout_graceful_shutdown or math.inf, grace)  # type: ignore[assignment]
+    for each in (signal.SIGINT, signal.SIGTERM):
+        handlers[each] = signal.signal(each, on_signal)
     try:
         yield
     finally:
-        for number, handler in heard.items():
-            signal.signal(number, handler)
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+
+
+async def set_no_delay(server: uvicorn.Server) -> None:
+    """The sockets that uvicorn opens for several workers lack TCP_NODELAY (its issue 3149), so that many an answer
+    would wait 40 ms for an acknowledgement. On Linux connections inherit it."""
+    while not server.started:
+        await asyncio.sleep(0.05)
+    for listener in server.servers:
+        for sock in listener.sockets:
+            if sock.family in (socket.AF_INET, socket.AF_INET6):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 async def sweep(service: Service) -> None:
