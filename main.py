@@ -1558,8 +1558,8 @@ def exit_signals(server: uvicorn.Server | None, service: Service) -> Iterator[No
     try:
         yield
     finally:
-        for each, handler in handlers.items():
-            signal.signal(each, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 async def set_no_delay(server: uvicorn.Server) -> None:
