@@ -89,7 +89,8 @@ def hash_password(password: str) -> str:
 
 def verify_password(password: str, password_hash: str | None) -> bool:
     """Whether the password has this hash. None, for an unknown user, costs the same and is False."""
-    _, n, r, p, salt, key = (password_hash or _UNKNOWN_USER).split("$")
+    unknown_user = f"scrypt${SCRYPT_N}${SCRYPT_R}${SCRYPT_P}${'A' * 22}==${'A' * 43}="
+    _, n, r, p, salt, key = (password_hash or unknown_user).split("$")
     found = _scrypt(password, base64.b64decode(salt), int(n), int(r), int(p))
     return hmac.compare_digest(found, base64.b64decode(key)) and password_hash is not None
 
@@ -98,7 +99,3 @@ def _scrypt(password: str, salt: bytes, n: int, r: int, p: int) -> bytes:
     # NFKC (NIST SP 800-63B): the same password typed on another keyboard has the same bytes.
     secret = unicodedata.normalize("NFKC", password).encode(errors="surrogatepass")
     return hashlib.scrypt(secret, salt=salt, n=n, r=r, p=p, dklen=32, maxmem=256 * n * r)
-
-
-_UNKNOWN_USER = f"scrypt${SCRYPT_N}${SCRYPT_R}${SCRYPT_P}$" + "$".join(
-    base64.b64encode(bytes(size)).decode() for size in (16, 32))

@@ -78,6 +78,14 @@ def until(condition: Callable[[], Any], seconds: float = 30) -> Any:
 # The service in this process: real sockets, the app through its lifespan, and storage and pipeline to choose
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_passwords() -> Iterator[None]:
+    """In this process; those that the tests start hash as ever."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(auth, "SCRYPT_N", 2**6)
+        yield
+
+
 def settings_in(folder: Path, **settings: Any) -> Settings:
     defaults = {"data_dir": folder / "data", "admin_password": PASSWORD, "process_seconds": 0}
     return Settings.model_validate(defaults | settings)
@@ -1497,12 +1505,6 @@ def guess(client: httpx.Client, password: str, username: str = "admin", forwarde
     return client.post("/auth/login", data={"username": username, "password": password}, headers=headers).status_code
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Passwords that are set in this test cost no time."""
-    monkeypatch.setattr(auth, "SCRYPT_N", 16)
-
-
 def test_every_login_is_the_same_work_whoever_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work: list[dict[str, Any]] = []
     scrypt = hashlib.scrypt
@@ -1520,6 +1522,7 @@ def test_every_login_is_the_same_work_whoever_it_is(tmp_path: Path, monkeypatch:
 
 
 def test_parallel_logins_all_succeed_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auth, "SCRYPT_N", 2**14)
     monkeypatch.setattr(auth, "SCRYPT_P", 1)  # a fifth of the time, and as much memory as ever
     with Server(tmp_path) as server, server.client() as client, ThreadPoolExecutor(100) as pool:
         database = Database(tmp_path / "data" / "documents.db")
@@ -1531,14 +1534,14 @@ def test_parallel_logins_all_succeed_in_bounded_memory(tmp_path: Path, monkeypat
         assert peak_memory(server) - before < 64 * 2**20  # 16 MiB each, but only two at a time
 
 
-def test_of_parallel_guesses_only_five_are_answered(tmp_path: Path, quick: None) -> None:
+def test_of_parallel_guesses_only_five_are_answered(tmp_path: Path) -> None:
     with running(settings_in(tmp_path)) as client, ThreadPoolExecutor(30) as pool:
         assert sorted(pool.map(lambda i: guess(client, f"wrong {i}"), range(30))) == [401] * 5 + [429] * 25
         assert guess(client, PASSWORD) == 429
 
 
 def test_a_right_guess_among_wrong_ones_is_not_told_apart(
-        tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     verify, arrived, go = auth.verify_password, threading.Event(), threading.Event()
 
     def held(password: str, password_hash: str | None) -> bool:
@@ -1556,7 +1559,7 @@ def test_a_right_guess_among_wrong_ones_is_not_told_apart(
         assert right.result() == 429
 
 
-def test_a_made_up_address_neither_dodges_the_throttle_nor_locks_another_out(tmp_path: Path, quick: None) -> None:
+def test_a_made_up_address_neither_dodges_the_throttle_nor_locks_another_out(tmp_path: Path) -> None:
     made_up = ["10.0.0.1", "10.0.0.2:99", "127.0.0.3", "10.0.0.4: 9", "[::1]:1", "x", "127.0.0.3, 10.0.0.5", "::"]
     with running(settings_in(tmp_path)) as client:
         assert [guess(client, "wrong", forwarded_for=address) for address in made_up] == [401] * 5 + [429] * 3
@@ -1570,7 +1573,7 @@ def test_a_made_up_address_neither_dodges_the_throttle_nor_locks_another_out(tmp
             assert guess(other, PASSWORD) == 429
 
 
-def test_a_trusted_proxy_tells_the_address(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trusted_proxy_tells_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORWARDED_ALLOW_IPS", "127.0.0.1")
     with running(settings_in(tmp_path)) as client:
         made_up = [f"10.0.0.{i}, 192.0.2.1" for i in range(6)]  # the proxy has added the last one
@@ -2007,7 +2010,6 @@ class Steps:
     @contextlib.contextmanager
     def running(self) -> Iterator[httpx.Client]:
         with self._monkeypatch.context() as patch:
-            patch.setattr(auth, "SCRYPT_N", 2**9)  # many logins
             storage = StepStorage(self.settings.data_dir / "files", self._tell)
             patch.setattr(storage_module, "os", StepOs(self._tell))
             patch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=self._connection))
