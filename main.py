@@ -436,6 +436,7 @@ class RequestMiddleware:
             try:
                 await send(message)
             except Exception as failure:  # what came was no HTTP any more, and uvicorn has given up the connection
+                log_event("connection_given_up", logging.DEBUG, failure=failure)
                 while (await receive())["type"] != "http.disconnect":
                     pass
                 raise ClientDisconnect from failure
@@ -721,7 +722,7 @@ class Upload:
             raise Problem("too_large", f"The file is larger than {self.max_size} bytes.")
         self._check_start(complete=False)
         waiting = self._start_is_right and bool(self._pending) and not self._ended
-        return waiting and (self.started or self.size >= FLUSH_SIZE)
+        return waiting and (self._writer is not None or self.size >= FLUSH_SIZE)
 
     def _on_part_begin(self) -> None:
         self._parts += 1
@@ -810,10 +811,6 @@ class Upload:
             except BaseException:
                 self._storage.delete(self._key)
                 raise
-
-    @property
-    def started(self) -> bool:
-        return self._writer is not None
 
     def close(self) -> None:
         with self._one_at_a_time:
@@ -1290,9 +1287,9 @@ async def upload(request: Request, response: Response, user: CurrentUser,
             if incoming.feed(chunk):
                 await asyncio.get_running_loop().run_in_executor(service.files, incoming.flush)
         await asyncio.get_running_loop().run_in_executor(service.files, incoming.finish)
-    finally:
-        if incoming.started:
-            await asyncio.get_running_loop().run_in_executor(service.files, incoming.close)
+    except BaseException:
+        await asyncio.get_running_loop().run_in_executor(service.files, incoming.close)
+        raise
     try:
         document = await written(service.db.add_document(
             document_id, user.user_id, incoming.filename, incoming.media_type, incoming.size,
