@@ -18,7 +18,7 @@ from datetime import datetime, timezone
 from enum import StrEnum
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, BinaryIO, Concatenate, ParamSpec, TypeVar
+from typing import Any, BinaryIO, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 try:
     import fcntl
@@ -99,6 +99,10 @@ class QueueFull(Refused):
     """Too many documents wait for a worker."""
 
 
+class OwnerGone(Refused):
+    """The user was removed."""
+
+
 class RunLost(Refused):
     """The run is no longer the document's: deleted, taken over or handed back. It can write nothing any more."""
 
@@ -128,13 +132,23 @@ class Document:
     status: str  # a Status
     created_at: str
     updated_at: str
-    request_id: str | None
-    attempts: int
-    progress: int
-    message: str
-    started_at: str | None
-    finished_at: str | None
-    error: str | None
+    request_id: str | None = None
+    attempts: int = 0
+    progress: int = 0
+    message: str = ""
+    started_at: str | None = None
+    finished_at: str | None = None
+    error: str | None = None
+
+
+class NewDocument(NamedTuple):
+    document_id: str
+    owner_id: str
+    filename: str
+    media_type: str
+    size: int
+    sha256: str
+    idempotency_key: str | None
 
 
 COLUMNS = ", ".join(field.name for field in fields(Document))
@@ -169,6 +183,17 @@ class _ProcessLock:
 
     def close(self) -> None:
         self._file.close()
+
+
+def batches(queue: SimpleQueue[T | None]) -> Iterator[list[T]]:
+    """What waits in the queue, up to 500 together, until a None comes."""
+    taken: list[T | None] = []
+    while None not in taken:
+        taken = [queue.get()]
+        with contextlib.suppress(Empty):
+            while len(taken) < 500:
+                taken.append(queue.get_nowait())
+        yield [item for item in taken if item is not None]
 
 
 def write(method: Callable[Concatenate["Database", P], T]) -> Callable[Concatenate["Database", P], Future[T]]:
@@ -237,13 +262,8 @@ class Database:
         return future
 
     def _write_forever(self) -> None:
-        batch: list[Task | None] = []
-        while None not in batch:
-            batch = [self._tasks.get()]
-            with contextlib.suppress(Empty):
-                while len(batch) < 500:
-                    batch.append(self._tasks.get_nowait())
-            self._commit([task for task in batch if task and task[0].set_running_or_notify_cancel()])
+        for batch in batches(self._tasks):
+            self._commit([task for task in batch if task[0].set_running_or_notify_cancel()])
 
     def _commit(self, batch: Sequence[Task]) -> None:
         """One transaction for all. When one of them breaks it, each gets a transaction of its own."""
@@ -387,23 +407,29 @@ class Database:
     # Documents
 
     @write
-    def add_document(self, document_id: str, owner_id: str, filename: str, media_type: str, size: int, sha256: str,
-                     idempotency_key: str | None) -> Document:
-        """The new document, or the one that this owner uploaded under this key before; KeyReused when that one has
-        another content."""
+    def add_documents(self, new: Sequence[NewDocument]) -> list[Document | Refused]:
+        """For each the new document, or the one that its owner uploaded under its key before; KeyReused when that one
+        has another content, OwnerGone."""
+        return [self._add_document(document) for document in new]
+
+    def _add_document(self, new: NewDocument) -> Document | Refused:
         now = utc_now()
-        row = self._w.execute(
-            "INSERT INTO documents (document_id, owner_id, filename, media_type, size, sha256, idempotency_key,"
-            " created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
-            " ON CONFLICT (owner_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING"
-            f" RETURNING {COLUMNS}",
-            (document_id, owner_id, filename, media_type, size, sha256, idempotency_key, now, now)).fetchone()
-        document = Document(*(row or self._w.execute(
+        try:
+            added = self._w.execute(
+                "INSERT INTO documents (document_id, owner_id, filename, media_type, size, sha256, idempotency_key,"
+                " created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+                " ON CONFLICT (owner_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING",
+                (*new, now, now)).rowcount
+        except sqlite3.IntegrityError as error:  # which undoes this statement, not the transaction
+            if error.sqlite_errorcode != sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY:
+                raise
+            return OwnerGone()
+        if added:
+            return Document(*new[:6], Status.UPLOADED, now, now)
+        known = Document(*self._w.execute(
             f"SELECT {COLUMNS} FROM documents WHERE owner_id = ? AND idempotency_key = ?",
-            (owner_id, idempotency_key)).fetchone()))
-        if document.sha256 != sha256:
-            raise KeyReused
-        return document
+            (new.owner_id, new.idempotency_key)).fetchone())
+        return known if known.sha256 == new.sha256 else KeyReused()
 
     def document(self, document_id: str, owner_id: str) -> Document | None:
         row = self._r.execute(

@@ -43,12 +43,13 @@ import unicodedata
 import uuid
 import zipfile
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from datetime import datetime, timezone
 from http import HTTPStatus
 from pathlib import Path
+from queue import SimpleQueue
 from types import FrameType
 from typing import Annotated, Any, BinaryIO, ClassVar, Literal, NoReturn, TypeVar, cast
 from urllib.parse import parse_qsl, quote, urlencode
@@ -58,6 +59,7 @@ import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
+from fastapi.routing import APIRoute
 from fastapi.security import OAuth2PasswordBearer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from python_multipart.exceptions import FormParserError
@@ -69,7 +71,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import auth
-from db import Database, Document, KeyReused, QueueFull, RunLost, Status, UnusableDatabase, User, utc_text
+from db import (Database, Document, KeyReused, NewDocument, OwnerGone, QueueFull, Refused, RunLost, Status,
+                UnusableDatabase, User, batches, utc_text)
 from storage import LocalStorage, Storage, Writer, fsync_folder
 
 try:
@@ -128,6 +131,7 @@ def log_event(event: str, level: int = logging.INFO, *, failure: BaseException |
 
 
 LINE_LIMIT = 4096  # what a Linux pipe takes whole (PIPE_BUF, pipe(7))
+to_json = json.JSONEncoder(default=str).encode
 
 
 class JsonFormatter(logging.Formatter):
@@ -149,12 +153,12 @@ class JsonFormatter(logging.Formatter):
             if isinstance(failure, (OSError, sqlite3.Error)):
                 entry["exception"] += f": {failure}"
             entry["stack"] = "".join(traceback.format_tb(failure.__traceback__))
-        line, longest = json.dumps(entry, default=str), LINE_LIMIT
+        line, longest = to_json(entry), LINE_LIMIT
         while len(line) >= LINE_LIMIT and longest > 1:
             longest //= 2
-            line = json.dumps({
+            line = to_json({
                 key: "..." + value[-longest:] if isinstance(value, str) and len(value) > longest else value
-                for key, value in entry.items()}, default=str)
+                for key, value in entry.items()})
         return line
 
 
@@ -195,6 +199,8 @@ def configure_logging() -> None:
     """Takes over uvicorn's loggers, which have handlers of their own and don't propagate. Done when the app is made,
     not when it starts, since uvicorn logs before that; a root logger that is configured already is left alone."""
     logging.basicConfig(handlers=[StdoutHandler()], level=logging.INFO)
+    # What no line tells isn't looked up for each of them (Logging HOWTO, Optimization).
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.getLogger("uvicorn").handlers.clear()
     logging.getLogger("uvicorn").propagate = True
     access = logging.getLogger("uvicorn.access")  # the `request` event says it better, and without the query
@@ -410,6 +416,9 @@ def answers(*codes: str) -> dict[int | str, dict[str, Any]]:
     return documented
 
 
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
 class RequestMiddleware:
     """What holds for every request: its id, its line in the log, nosniff, and the last-resort 500."""
 
@@ -422,7 +431,7 @@ class RequestMiddleware:
         start, status = time.perf_counter(), 0
         request = Request(scope)
         request_id = request.headers.get("x-request-id", "")
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", request_id):
+        if not REQUEST_ID.fullmatch(request_id):
             request_id = str(uuid.uuid4())
         request_id_of_context.set(request_id)
 
@@ -507,6 +516,7 @@ class Service:
         self.db = Database(database)
         self.passwords = ThreadPoolExecutor(2, "password")  # so that scrypt takes its memory twice at most
         self.files = ThreadPoolExecutor(8, "file")  # enough for parallel fsyncs, too few to fight over the GIL
+        self.intake = Intake(self.db, self.storage, self.files)
         self.worker = Worker(self.db, self.storage, pipeline or functools.partial(
             simulated_pipeline, seconds=settings.process_seconds), settings)
         self.watch = Watch(self.db)
@@ -539,6 +549,7 @@ class Service:
     def close(self) -> None:
         """After `begin_exit`."""
         self.worker.stop(self.exit_by or 0.0)
+        self.intake.close()
         for pool in (self.passwords, self.files):
             pool.shutdown(wait=False, cancel_futures=True)
         self.db.close()
@@ -604,7 +615,8 @@ class SessionBearer(OAuth2PasswordBearer):
         return user
 
 
-CurrentUser = Annotated[User, Depends(SessionBearer("auth/login", refreshUrl="auth/refresh", auto_error=False))]
+signed_in = SessionBearer("auth/login", refreshUrl="auth/refresh", auto_error=False)
+CurrentUser = Annotated[User, Depends(signed_in)]
 
 
 async def get_document(document_id: uuid.UUID, request: Request, user: CurrentUser) -> Document:
@@ -669,6 +681,7 @@ async def read_fields(request: Request, model: type[Model]) -> Model:
 
 SMALL_BODY = 65536  # bytes: also what a multipart body may have around its file
 FLUSH_SIZE = 4096  # bytes of a file that are worth a thread and a write while there are more to come
+SLOW_DISK = 0.003  # seconds for a small file
 PDF = "application/pdf"
 DOCX = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
 MEDIA_TYPES = {".pdf": PDF, ".docx": DOCX}
@@ -677,11 +690,11 @@ MEDIA_TYPES = {".pdf": PDF, ".docx": DOCX}
 class Upload:
     """The one file of a multipart body on its way into the storage: parsed, checked, hashed and written as it comes.
 
-    `feed` runs on the event loop, the others in a thread, one at a time: a `close` waits for a `finish` that goes on
-    although its request was cancelled. Whatever ends the upload early, `close` leaves no trace.
+    `feed` and `end` run on the event loop, the others in a thread, one at a time: a `close` waits for a `finish` that
+    goes on although its request was cancelled. Whatever ends the upload early, `close` leaves no trace.
     """
 
-    def __init__(self, request: Request, key: str) -> None:
+    def __init__(self, request: Request, owner_id: str, idempotency_key: str | None) -> None:
         service = service_of(request)
         media_type, options = parse_options_header(request.headers.get("content-type"))
         if media_type != b"multipart/form-data":
@@ -689,9 +702,10 @@ class Upload:
         self.filename = self.media_type = ""
         self.size, self.max_size = 0, service.settings.max_upload_bytes
         self.sha256 = hashlib.sha256()
-        self._storage, self._key = service.storage, key
+        self.document_id, self._owner_id, self._idempotency_key = str(uuid.uuid4()), owner_id, idempotency_key
+        self._storage = service.storage
         self._writer: Writer | None = None
-        self._one_at_a_time = threading.RLock()
+        self._one_at_a_time, self._finished = threading.RLock(), False
         self._head = b""
         self._start_is_right = False  # that the content begins as its type does
         self._pending: list[bytes] = []
@@ -751,10 +765,10 @@ class Upload:
         self.filename = shown_filename(options.get(b"filename", b"").decode(errors="replace"))
         if not self.filename:
             raise invalid("The part named file has no filename.", "body", "file")
-        suffix = Path(self.filename).suffix.lower()
-        if suffix not in MEDIA_TYPES:
+        _, extension = os.path.splitext(self.filename)
+        if extension.lower() not in MEDIA_TYPES:
             raise Problem("unsupported_media_type", "The filename has to end in .pdf or .docx.")
-        self.media_type = MEDIA_TYPES[suffix]
+        self.media_type = MEDIA_TYPES[extension.lower()]
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
         if self._in_file:
@@ -780,17 +794,8 @@ class Upload:
         if (decided or complete) and not self._start_is_right:
             raise Problem("unsupported_media_type", "The content is not what the extension says.")
 
-    def flush(self) -> None:
-        with self._one_at_a_time:
-            if self._writer is None:
-                self._writer = self._storage.create(self._key)
-            for piece in self._pending:
-                self.sha256.update(piece)
-                self._writer.write(piece)
-            self._pending.clear()
-
-    def finish(self) -> None:
-        """After the return the file is safely stored, or a Problem has said why not."""
+    def end(self) -> None:
+        """Problem unless the body had one good file, as far as can be told without a look into a DOCX."""
         if not self._ended:
             raise Problem("malformed_body", "The multipart body is not closed.")
         if not self.filename:
@@ -798,24 +803,125 @@ class Upload:
         if not self.size:
             raise invalid("The file is empty.", "body", "file")
         self._check_start(complete=True)
+
+    @property
+    def takes_long(self) -> bool:
+        """Whether `finish` may take long enough to keep others waiting."""
+        return self.size > SMALL_BODY or self.media_type == DOCX
+
+    def flush(self) -> None:
         with self._one_at_a_time:
-            self.flush()
-            assert self._writer is not None
-            with self._writer:
+            if self._writer is None:
+                self._writer = self._storage.create(self.document_id)
+            for piece in self._pending:
+                self.sha256.update(piece)
+                self._writer.write(piece)
+            self._pending.clear()
+
+    def finish(self) -> None:
+        """After the return the next `Storage.sync` makes the file durable. Problem: it is no DOCX. Once is enough."""
+        with self._one_at_a_time:
+            if self._finished:
+                return
+            try:
+                self.flush()
+                assert self._writer is not None
                 self._writer.commit()
-            self._writer = None
+            finally:
+                self.close()
+            self._writer, self._finished = None, True
         if self.media_type == DOCX:
             try:
-                with self._storage.open(self._key) as file:
+                with self._storage.open(self.document_id) as file:
                     check_is_docx(file)
             except BaseException:
-                self._storage.delete(self._key)
+                self._storage.delete(self.document_id)
                 raise
 
     def close(self) -> None:
         with self._one_at_a_time:
             if self._writer is not None:
                 self._writer.__exit__()
+
+    def document(self) -> NewDocument:
+        return NewDocument(self.document_id, self._owner_id, self.filename, self.media_type, self.size,
+                           self.sha256.hexdigest(), self._idempotency_key)
+
+
+Waiting = tuple[Upload, "asyncio.Future[Document]"]
+
+
+class Intake:
+    """Makes uploads durable, together those that wait together: one sync of the storage, one transaction and one word
+    to the event loop for all of them. One thread does it, since threads that each do a little cost more in passing on
+    Python's lock than they save; only while the disk is slow the others of the file pool help."""
+
+    def __init__(self, db: Database, storage: Storage, files: ThreadPoolExecutor) -> None:
+        self._db, self._storage, self._files = db, storage, files
+        self._waiting: SimpleQueue[Waiting | None] = SimpleQueue()  # None: the last one
+        threading.Thread(target=self._run, name="intake", daemon=True).start()
+
+    async def store(self, upload: Upload) -> Document:
+        """What `Database.add_documents` says of it, once that and its file would survive a power loss. Whatever else
+        is raised, the commit is in doubt or there is no file. TimeoutError as in `written`."""
+        stored: asyncio.Future[Document] = asyncio.get_running_loop().create_future()
+        self._waiting.put((upload, stored))
+        async with asyncio.timeout(WRITE_SECONDS):
+            return await stored
+
+    def close(self) -> None:
+        self._waiting.put(None)
+
+    def _run(self) -> None:
+        for batch in batches(self._waiting):
+            if wanted := [(upload, stored) for upload, stored in batch if not stored.cancelled()]:
+                self._store(wanted)
+
+    def _store(self, batch: list[Waiting]) -> None:
+        """Each exception is raised again by the future, where the request waits."""
+        uploads, start = [upload for upload, _ in batch], time.monotonic()
+        failures = [self._finish(upload) for upload in uploads[:1]]
+        in_turn = time.monotonic() - start < SLOW_DISK
+        failures += (map if in_turn else self._files.map)(self._finish, uploads[1:])
+        finished = [waiting for waiting, failure in zip(batch, failures) if not failure]
+        self._tell([(stored, failure) for (_, stored), failure in zip(batch, failures) if failure])
+        try:
+            self._storage.sync()
+            rows = self._db.add_documents([upload.document() for upload, _ in finished])
+        except BaseException as failure:
+            for upload, _ in finished:
+                with contextlib.suppress(OSError):
+                    self._storage.delete(upload.document_id)
+            self._tell([(stored, failure) for _, stored in finished])
+        else:  # meanwhile this thread goes on to the next files
+            rows.add_done_callback(functools.partial(self._on_commit, [stored for _, stored in finished]))
+
+    @staticmethod
+    def _finish(upload: Upload) -> BaseException | None:
+        try:
+            upload.finish()
+        except BaseException as failure:
+            return failure
+        return None
+
+    def _on_commit(self, futures: list["asyncio.Future[Document]"], rows: "Future[list[Document | Refused]]") -> None:
+        failure = rows.exception()
+        self._tell(list(zip(futures, [failure] * len(futures) if failure else rows.result())))
+
+    @staticmethod
+    def _tell(outcomes: "Sequence[tuple[asyncio.Future[Document], Document | BaseException]]") -> None:
+        def settle() -> None:
+            for future, outcome in outcomes:
+                if future.done():  # nobody waits any more
+                    continue
+                if isinstance(outcome, BaseException):
+                    future.set_exception(outcome)
+                else:
+                    future.set_result(outcome)
+
+        if outcomes:
+            with contextlib.suppress(RuntimeError):  # the event loop has ended
+                outcomes[0][0].get_loop().call_soon_threadsafe(settle)
 
 
 def shown_filename(name: str) -> str:
@@ -1266,50 +1372,65 @@ async def logout(request: Request) -> None:
             log_event("logged_out", user=username, client=client_address(request))
 
 
-@router.post("/documents/upload", tags=["documents"], status_code=201, response_model=DocumentOut,
-             openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {
-                 "type": "object", "required": ["file"],
-                 "properties": {"file": {"type": "string", "format": "binary", "description": "PDF or DOCX"}}}}}}},
-             responses=answers(*SIGNED_IN, "malformed_body", "upload_timeout", "too_large", "unsupported_media_type",
-                               "validation_error", "idempotency_key_reused", "insufficient_storage"))
-async def upload(request: Request, response: Response, user: CurrentUser,
-                 idempotency_key: Annotated[str | None, Header(
-                     alias="Idempotency-Key", pattern=r"^[!-~]{1,128}$")] = None) -> Document:
+class RawRoute(APIRoute):
+    """A route that FastAPI documents and no more: the function gets the request and makes the response. Dependencies
+    to solve and a response to validate would take a fifth of the time of a small upload."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        return cast(Callable[[Request], Coroutine[Any, Any, Response]], self.endpoint)
+
+
+async def upload(request: Request) -> Response:
     """Stores a PDF or DOCX. After the 201 it survives a crash or a power loss.
 
     With an `Idempotency-Key` a repeated upload answers the first document again.
     """
-    service, document_id = service_of(request), str(uuid.uuid4())
-    incoming = Upload(request, document_id)
+    user, service = await signed_in(request), service_of(request)
+    idempotency_key = request.headers.get("idempotency-key")
+    if idempotency_key is not None and not re.fullmatch(IDEMPOTENCY_KEY, idempotency_key):
+        raise invalid("Use 1 to 128 visible ASCII characters.", "header", "Idempotency-Key")
+    incoming, in_thread = Upload(request, user.user_id, idempotency_key), functools.partial(
+        asyncio.get_running_loop().run_in_executor, service.files)
     try:
-        limit = service.settings.max_upload_bytes + SMALL_BODY
-        async for chunk in body_chunks(request, limit):
+        async for chunk in body_chunks(request, service.settings.max_upload_bytes + SMALL_BODY):
             if incoming.feed(chunk):
-                await asyncio.get_running_loop().run_in_executor(service.files, incoming.flush)
-        await asyncio.get_running_loop().run_in_executor(service.files, incoming.finish)
-    except BaseException:
-        await asyncio.get_running_loop().run_in_executor(service.files, incoming.close)
-        raise
-    try:
-        document = await written(service.db.add_document(
-            document_id, user.user_id, incoming.filename, incoming.media_type, incoming.size,
-            incoming.sha256.hexdigest(), idempotency_key))
+                await in_thread(incoming.flush)
+        incoming.end()
+        if incoming.takes_long:
+            await in_thread(incoming.finish)
+        document = await service.intake.store(incoming)
     except KeyReused:
-        await run_in_threadpool(service.storage.delete, document_id)
+        await run_in_threadpool(service.storage.delete, incoming.document_id)
         raise Problem("idempotency_key_reused", errors=[
             {"loc": ["header", "Idempotency-Key"], "msg": "It was used for another file."}]) from None
-    except sqlite3.IntegrityError:  # the user was removed meanwhile
-        await run_in_threadpool(service.storage.delete, document_id)
+    except OwnerGone:
+        await run_in_threadpool(service.storage.delete, incoming.document_id)
         raise Problem("invalid_token", headers=BAD_BEARER) from None
-    # After any other failure the file stays: a commit that failed may yet be found done after a crash. If it isn't,
-    # the sweep takes the file.
-    if document.document_id == document_id:
-        log_event("uploaded", document_id=document_id, size=document.size, media_type=document.media_type)
+    except BaseException:  # of a finished file nothing is removed: a commit that failed may yet be found done after a
+        await in_thread(incoming.close)  # crash. If it isn't, the sweep takes the file.
+        raise
+    headers = {}
+    if document.document_id == incoming.document_id:
+        log_event("uploaded", document_id=document.document_id, size=document.size, media_type=document.media_type)
     else:
-        await run_in_threadpool(service.storage.delete, document_id)
-        response.headers["Idempotency-Replayed"] = "true"
-    response.headers["Location"] = f"/documents/{document.document_id}"
-    return document
+        await run_in_threadpool(service.storage.delete, incoming.document_id)
+        headers["Idempotency-Replayed"] = "true"
+    headers["Location"] = f"/documents/{document.document_id}"
+    return Response(DocumentOut.model_validate(document).model_dump_json(), 201, headers, "application/json")
+
+
+IDEMPOTENCY_KEY = "[!-~]{1,128}"
+router.add_api_route(
+    "/documents/upload", upload, methods=["POST"], tags=["documents"], status_code=201, response_model=DocumentOut,
+    route_class_override=RawRoute, openapi_extra={
+        "security": [{signed_in.scheme_name: []}],
+        "parameters": [{"name": "Idempotency-Key", "in": "header", "required": False,
+                        "schema": {"type": "string", "pattern": f"^{IDEMPOTENCY_KEY}$"}}],
+        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {
+            "type": "object", "required": ["file"],
+            "properties": {"file": {"type": "string", "format": "binary", "description": "PDF or DOCX"}}}}}}},
+    responses=answers(*SIGNED_IN, "malformed_body", "upload_timeout", "too_large", "unsupported_media_type",
+                      "validation_error", "idempotency_key_reused", "insufficient_storage"))
 
 
 @router.get("/documents", tags=["documents"], response_model=list[DocumentOut],
@@ -1516,10 +1637,11 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
     configure_logging()
     application = Api(
         title="Document Lifecycle API", version="1.0.0", description=DESCRIPTION, lifespan=lifespan,
-        redirect_slashes=False, redoc_url=None, exception_handlers={
+        redirect_slashes=False, redoc_url=None, telemetry={"tracing": False, "metrics": False, "logs": False},
+        exception_handlers={
             kind: answer_problem for kind in (Problem, RequestValidationError, HTTPException, OSError, sqlite3.Error)})
     application.add_middleware(RequestMiddleware)
-    application.router.routes += router.routes  # `include_router` would match each request twice
+    application.router.routes[:0] = router.routes  # `include_router` would match each request twice
     return application
 
 

@@ -6,7 +6,6 @@ classes with these methods; `test_storage_*` is the contract as tests, to be run
 import contextlib
 import os
 import re
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ class Writer(Protocol):
         """Appends. OSError with ENOSPC when the store is full."""
 
     def commit(self) -> None:
-        """Publishes the object under its key, whole. After the return it survives a power loss."""
+        """Publishes the object under its key, whole. After the next `Storage.sync` it survives a power loss."""
 
     def __enter__(self) -> Self: ...
 
@@ -39,6 +38,9 @@ class Storage(Protocol):
 
     def create(self, key: str) -> Writer:
         """Starts a new object, invisible to `open` until its commit."""
+
+    def sync(self) -> None:
+        """After the return all objects that were committed before survive a power loss: one call for many."""
 
     def open(self, key: str) -> BinaryIO:
         """A seekable reader; FileNotFoundError when there is no such object. A reader outlives a `delete`."""
@@ -57,12 +59,15 @@ class LocalStorage:
     """`Storage` in one folder of a local disk: the file `<key>`, or `<key>.part` before its commit."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._names = folder, SharedSync(folder)
+        self._folder = folder
         folder.mkdir(mode=0o700, exist_ok=True)
         fsync_folder(folder.parent)
 
     def create(self, key: str) -> "LocalWriter":
-        return LocalWriter(self._path(key), self._names)
+        return LocalWriter(self._path(key))
+
+    def sync(self) -> None:
+        fsync_folder(self._folder)
 
     def open(self, key: str) -> BinaryIO:
         return self._path(key).open("rb")
@@ -93,8 +98,8 @@ class LocalStorage:
 
 
 class LocalWriter:
-    def __init__(self, path: Path, names: "SharedSync") -> None:
-        self._path, self._part, self._names, self._committed = path, path.with_suffix(".part"), names, False
+    def __init__(self, path: Path) -> None:
+        self._path, self._part, self._committed = path, path.with_suffix(".part"), False
         self._descriptor = os.open(self._part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | O_BINARY, 0o600)
 
     def write(self, data: bytes) -> None:
@@ -106,7 +111,6 @@ class LocalWriter:
         os.fsync(self._descriptor)
         self._close()
         os.replace(self._part, self._path)
-        self._names.sync()
         self._committed = True
 
     def __enter__(self) -> Self:
@@ -122,24 +126,6 @@ class LocalWriter:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-
-
-class SharedSync:
-    """fsync of a folder for many at once: those who come while one is under way share the next."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._asked, self._done = folder, 0, 0
-        self._counting, self._turn = threading.Lock(), threading.Lock()
-
-    def sync(self) -> None:
-        with self._counting:
-            self._asked += 1
-            mine = self._asked
-        with self._turn:
-            if self._done < mine:
-                covered = self._asked
-                fsync_folder(self._folder)
-                self._done = covered
 
 
 def fsync_folder(folder: Path) -> None:

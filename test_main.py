@@ -878,6 +878,9 @@ class MemoryStorage:
         self.objects[key] = None, time.time()
         return MemoryWriter(self, key)
 
+    def sync(self) -> None:
+        pass
+
     def open(self, key: str) -> BinaryIO:
         content, _ = self.objects.get(key, (None, 0.0))
         if content is None:
@@ -1935,6 +1938,9 @@ class StepStorage:
         self._tell("create")
         return StepWriter(self._storage.create(key), self._tell)
 
+    def sync(self) -> None:
+        self._storage.sync()
+
     def open(self, key: str) -> BinaryIO:
         self._tell("open")
         return self._storage.open(key)
@@ -2022,7 +2028,7 @@ def steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Steps:
     return Steps(tmp_path, monkeypatch)
 
 
-UPLOAD = ["create", "write", "fsync file", "rename", "fsync folder", "open", "commit row", "committed row"]
+UPLOAD = ["create", "write", "fsync file", "rename", "open", "fsync folder", "commit row", "committed row"]
 PROCESS = ["commit queue", "committed queue", "commit claim", "committed claim", "open",
            "commit progress", "committed progress", "commit complete", "committed complete"]
 DELETE = ["commit delete", "committed delete", "remove", "removed"]
@@ -2035,6 +2041,9 @@ def test_every_answer_comes_after_what_it_promises(steps: Steps) -> None:
         path = uploaded(client, docx(), "a.docx")
         assert seen == UPLOAD
         seen.clear()
+        uploaded(client)
+        assert seen == [step for step in UPLOAD if step != "open"]  # nobody looks into a PDF
+        seen.clear()
         assert client.post(f"{path}/process").status_code == 202
         assert seen[:2] == PROCESS[:2]
         processed(client, path)
@@ -2046,28 +2055,75 @@ def test_every_answer_comes_after_what_it_promises(steps: Steps) -> None:
             assert connection.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL: a commit waits for the disk
 
 
-def test_an_fsync_of_the_folder_covers_only_renames_before_it(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, go, storage = list[str](), threading.Event(), LocalStorage(tmp_path / "files")
+def upload_together(steps: Steps, monkeypatch: pytest.MonkeyPatch, tell: Callable[[str], None],
+                    files: list[dict[str, Any]]) -> list[httpx.Response]:
+    """Answers of uploads that all come while another one waits for the disk; `tell` hears of what happens then."""
+    go, arrived, end = threading.Event(), list[main.Upload](), main.Upload.end
+
+    def hold(step: str) -> None:
+        if step == "fsync folder" and not go.is_set():
+            assert go.wait(30)
+            steps.tell = tell
+
+    def arrive(incoming: main.Upload) -> None:
+        end(incoming)
+        arrived.append(incoming)
+
+    with steps.running() as client, ThreadPoolExecutor(1 + len(files)) as pool, monkeypatch.context() as patch:
+        patch.setattr(main.Upload, "end", arrive)
+        steps.tell = hold
+        first = pool.submit(upload, client)
+        until(lambda: arrived)
+        others = [pool.submit(upload, client, **file) for file in files]
+        until(lambda: len(arrived) == 1 + len(files))
+        go.set()
+        assert first.result().status_code == 201
+        answers = [other.result() for other in others]
+        steps.tell = lambda step: None
+        assert len(stored_files(steps.settings)) == len(client.get("/documents").json())
+    return answers
+
+
+def test_uploads_that_wait_together_share_a_sync_and_a_commit(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    answers = upload_together(steps, monkeypatch, seen.append, [{}] * 20)
+    assert [answer.status_code for answer in answers] == [201] * 20
+    assert len({answer.headers["Location"] for answer in answers}) == 20
+    assert seen.count("fsync file") == seen.count("rename") == 20
+    syncs = [number for number, step in enumerate(seen) if step == "fsync folder"]
+    assert 1 <= len(syncs) <= 2 and 1 <= seen.count("committed row") <= 3  # the first one's too; the last may come late
+    assert "rename" not in seen[syncs[-1]:] and "commit row" in seen[syncs[-1]:]
+
+
+def test_an_upload_that_fails_spares_those_that_wait_with_it(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    faults = [OSError(errno.ENOSPC, "full")]
 
     def tell(step: str) -> None:
-        seen.append(step)
-        if step == "fsync folder":
-            assert go.wait(30)
+        if step == "fsync file" and faults:
+            raise faults.pop()
 
-    def store(key: str) -> None:
-        with storage.create(key) as writer:
-            writer.commit()
+    key = {"Idempotency-Key": "the-same"}
+    answers = upload_together(steps, monkeypatch, tell, [
+        {"content": docx()[:-30], "filename": "broken.docx"}, {"content": PDF + b"1", **key},
+        {"content": PDF + b"2", **key}, {"filename": "other.pdf"}, {}, {}])
+    assert answers[0].status_code == 415
+    codes = Counter(answer.status_code for answer in answers[1:])
+    assert codes in ({201: 3, 422: 1, 507: 1}, {201: 4, 507: 1})  # the full disk may hit one of the two under a key
 
-    monkeypatch.setattr(storage_module, "os", StepOs(tell))
-    with ThreadPoolExecutor(3) as pool:
-        stored = [pool.submit(store, "a")]
-        until(lambda: "fsync folder" in seen)
-        stored += [pool.submit(store, key) for key in ("b", "c")]
-        until(lambda: seen.count("rename") == 3)
-        go.set()
-    assert [future.result() for future in stored] == [None] * 3
-    assert seen[-1] == "fsync folder"
+
+def test_uploads_share_the_threads_of_the_file_pool_on_a_slow_disk(
+        steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "SLOW_DISK", 0)  # every disk is
+    side_by_side, synced = threading.Barrier(4), list[str]()
+
+    def tell(step: str) -> None:
+        if step == "fsync file":
+            synced.append(step)
+            if 1 < len(synced) < 6:  # the first of a batch tells how the disk is
+                side_by_side.wait(30)
+
+    answers = upload_together(steps, monkeypatch, tell, [{}] * 9)
+    assert [answer.status_code for answer in answers] == [201] * 9
 
 
 def test_a_crash_at_any_step_loses_nothing_that_was_answered(steps: Steps, tmp_path: Path) -> None:
@@ -2145,7 +2201,7 @@ def test_a_fault_at_any_step_is_answered_and_got_over(steps: Steps, caplog: pyte
             with fault(step, failure):
                 answer = upload(client, docx(), "a.docx", **{"Idempotency-Key": step.replace(" ", "-")})
                 assert answer.json().get("code") == code, step
-            if step in UPLOAD[:5]:
+            if step in UPLOAD[:6]:
                 assert stored_files(steps.settings) == [], step
         assert len(client.get("/documents").json()) == 1  # the last one was in doubt
         for step, status in [("commit queue", 503), ("committed queue", 503), *((step, 202) for step in PROCESS[2:])]:
