@@ -520,6 +520,7 @@ class Service:
         self.worker = Worker(self.db, self.storage, pipeline or functools.partial(
             simulated_pipeline, seconds=settings.process_seconds), settings)
         self.watch = Watch(self.db)
+        self.held, self.holding = 0, threading.Lock()  # bytes of uploads, counted with PIECE
         self.exit_by: float | None = None  # monotonic
         self._ready_until = 0.0
         if not self.db.has_users():
@@ -653,7 +654,9 @@ async def body_chunks(request: Request, limit: int) -> AsyncIterator[bytes]:
         size += len(chunk)
         if size > limit:
             raise Problem("too_large")
+        del message
         yield chunk
+        del chunk  # a thousand that wait for the next one would hold a lot
 
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -680,8 +683,9 @@ async def read_fields(request: Request, model: type[Model]) -> Model:
 
 
 SMALL_BODY = 65536  # bytes: also what a multipart body may have around its file
-FLUSH_SIZE = 4096  # bytes of a file that are worth a thread and a write while there are more to come
-SLOW_DISK = 0.003  # seconds for a small file
+HELD_BY_ALL, HELD_BY_ONE = 24 * 2**20, 2**20  # bytes of their files that uploads may hold before they write them
+PIECE = 2**14  # what a piece counts for at least, since a tiny one takes more memory than it has bytes
+SMALL_FILE, SLOW_DISK = 2**18, 0.005  # bytes, and seconds for a small file: see `Intake`
 PDF = "application/pdf"
 DOCX = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
 MEDIA_TYPES = {".pdf": PDF, ".docx": DOCX}
@@ -695,7 +699,7 @@ class Upload:
     """
 
     def __init__(self, request: Request, owner_id: str, idempotency_key: str | None) -> None:
-        service = service_of(request)
+        service = self._service = service_of(request)
         media_type, options = parse_options_header(request.headers.get("content-type"))
         if media_type != b"multipart/form-data":
             raise Problem("unsupported_media_type", "Send multipart/form-data with a part named file.")
@@ -703,12 +707,11 @@ class Upload:
         self.size, self.max_size = 0, service.settings.max_upload_bytes
         self.sha256 = hashlib.sha256()
         self.document_id, self._owner_id, self._idempotency_key = str(uuid.uuid4()), owner_id, idempotency_key
-        self._storage = service.storage
         self._writer: Writer | None = None
         self._one_at_a_time, self._finished = threading.RLock(), False
         self._head = b""
         self._start_is_right = False  # that the content begins as its type does
-        self._pending: list[bytes] = []
+        self._pending, self._held, self._flushed = list[bytes](), 0, time.monotonic()
         self._parts, self._in_file, self._ended = 0, False, False
         # The sweep takes a file for abandoned when it was not written for long, so nothing else may go on for long.
         self._patience, self._last_piece = 5 * service.settings.upload_idle_seconds, time.monotonic()
@@ -730,13 +733,19 @@ class Upload:
             self._parser.write(chunk)
         except FormParserError:
             raise Problem("malformed_body") from None
-        if time.monotonic() > self._last_piece + self._patience:
+        if (now := time.monotonic()) > self._last_piece + self._patience:
             raise Problem("upload_timeout", headers={"Connection": "close"})
         if self.size > self.max_size:
             raise Problem("too_large", f"The file is larger than {self.max_size} bytes.")
         self._check_start(complete=False)
         waiting = self._start_is_right and bool(self._pending) and not self._ended
-        return waiting and (self._writer is not None or self.size >= FLUSH_SIZE)
+        return waiting and (self._held > HELD_BY_ONE or self._service.held > HELD_BY_ALL
+                            or now > self._flushed + self._patience / 5)
+
+    def _hold(self, size: int) -> None:
+        with self._service.holding:
+            self._held += size
+            self._service.held += size
 
     def _on_part_begin(self) -> None:
         self._parts += 1
@@ -774,6 +783,7 @@ class Upload:
         if self._in_file:
             piece = data[start:end]
             self.size += len(piece)
+            self._hold(max(len(piece), PIECE))
             self._pending.append(piece)
             self._last_piece = time.monotonic()
             if not self._start_is_right:
@@ -783,7 +793,7 @@ class Upload:
         self._ended = True
 
     def _check_start(self, complete: bool) -> None:
-        if self._start_is_right or not self._head:
+        if not self._head:
             return
         if self.media_type == PDF:
             self._start_is_right, decided = b"%PDF-" in self._head, len(self._head) == 1024
@@ -793,6 +803,8 @@ class Upload:
             raise Problem("unsupported_media_type", "This Office file is encrypted (or of the old .doc format).")
         if (decided or complete) and not self._start_is_right:
             raise Problem("unsupported_media_type", "The content is not what the extension says.")
+        if self._start_is_right:
+            self._head = b""
 
     def end(self) -> None:
         """Problem unless the body had one good file, as far as can be told without a look into a DOCX."""
@@ -807,16 +819,18 @@ class Upload:
     @property
     def takes_long(self) -> bool:
         """Whether `finish` may take long enough to keep others waiting."""
-        return self.size > SMALL_BODY or self.media_type == DOCX
+        return self.size > SMALL_FILE or self.media_type == DOCX
 
     def flush(self) -> None:
         with self._one_at_a_time:
             if self._writer is None:
-                self._writer = self._storage.create(self.document_id)
+                self._writer = self._service.storage.create(self.document_id)
             for piece in self._pending:
                 self.sha256.update(piece)
                 self._writer.write(piece)
             self._pending.clear()
+            self._hold(-self._held)
+            self._flushed = time.monotonic()
 
     def finish(self) -> None:
         """After the return the next `Storage.sync` makes the file durable. Problem: it is no DOCX. Once is enough."""
@@ -832,14 +846,15 @@ class Upload:
             self._writer, self._finished = None, True
         if self.media_type == DOCX:
             try:
-                with self._storage.open(self.document_id) as file:
+                with self._service.storage.open(self.document_id) as file:
                     check_is_docx(file)
             except BaseException:
-                self._storage.delete(self.document_id)
+                self._service.storage.delete(self.document_id)
                 raise
 
     def close(self) -> None:
         with self._one_at_a_time:
+            self._hold(-self._held)
             if self._writer is not None:
                 self._writer.__exit__()
 
@@ -1395,6 +1410,7 @@ async def upload(request: Request) -> Response:
         async for chunk in body_chunks(request, service.settings.max_upload_bytes + SMALL_BODY):
             if incoming.feed(chunk):
                 await in_thread(incoming.flush)
+            del chunk
         incoming.end()
         if incoming.takes_long:
             await in_thread(incoming.finish)

@@ -108,6 +108,7 @@ def running(settings: Settings, **options: Any) -> Iterator[httpx.Client]:
         server.should_exit = True
         thread.join()
         assert not server.lifespan.should_exit, "the lifespan failed"
+        assert server.lifespan.state["service"].held == 0  # no upload leaves anything in memory
 
 
 @pytest.fixture(scope="session")
@@ -526,13 +527,13 @@ def test_upload_without_a_usable_file_part(client: httpx.Client) -> None:
 
 
 def test_the_size_limit_is_the_files_own(tmp_path: Path) -> None:
-    settings = settings_in(tmp_path, max_upload_bytes=100_000)
+    settings = settings_in(tmp_path, max_upload_bytes=2_000_000)
     with running(settings) as client:
-        for size, status in ((100_000, 201), (100_001, 413), (200_000, 413)):
+        for size, status in ((2_000_000, 201), (2_000_001, 413), (3_000_000, 413)):
             answer = upload(client, PDF.ljust(size))
             assert answer.status_code == status
         assert answer.json()["code"] == "too_large"
-        request = client.build_request("POST", "/documents/upload", files={"file": ("a.pdf", PDF.ljust(300_000))})
+        request = client.build_request("POST", "/documents/upload", files={"file": ("a.pdf", PDF.ljust(6_000_000))})
         body = request.read()
         pieces = (body[i:i + 9999] for i in range(0, len(body), 9999))
         headers = {"Content-Type": request.headers["Content-Type"]}
@@ -544,14 +545,35 @@ def test_a_silent_client_gets_408(tmp_path: Path) -> None:
     settings = settings_in(tmp_path, upload_idle_seconds=0.2)
     with running(settings) as client:
         with socket.create_connection((client.base_url.host, client.base_url.port or 80), 30) as connection:
-            body = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.pdf"\r\n\r\n' + PDF.ljust(50_000)
+            body = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.pdf"\r\n\r\n' + PDF.ljust(2**21)
             connection.sendall(
-                b"POST /documents/upload HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\nAuthorization: "
+                b"POST /documents/upload HTTP/1.1\r\nHost: x\r\nContent-Length: 3000000\r\nAuthorization: "
                 + client.headers["Authorization"].encode()
                 + b"\r\nContent-Type: multipart/form-data; boundary=b\r\n\r\n" + body)
             answer = b"".join(iter(lambda: connection.recv(4096), b""))
         assert answer.startswith(b"HTTP/1.1 408") and b'"upload_timeout"' in answer
         assert stored_files(settings) == []
+
+
+@pytest.mark.parametrize("pieces, idle_seconds, held_by_all", [(100, 30, 10**9), (30, 0.3, 10**9), (4, 30, 40_000)],
+                         ids=["many pieces", "a long time", "many uploads"])
+def test_an_upload_is_written_before_it_is_whole(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: int, idle_seconds: float, held_by_all: int) -> None:
+    settings, written = settings_in(tmp_path, upload_idle_seconds=idle_seconds), list[bool]()
+
+    def body() -> Iterator[bytes]:
+        yield b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.pdf"\r\n\r\n' + PDF
+        for _ in range(pieces):
+            time.sleep(0.04)
+            yield b"x"
+        written.extend(until(lambda: [name.endswith(".part") for name in stored_files(settings)], 10))
+        yield b"\r\n--x--\r\n"
+
+    monkeypatch.setattr(main, "HELD_BY_ALL", held_by_all)
+    with running(settings) as client:
+        headers = {"Content-Type": "multipart/form-data; boundary=x"}
+        answer = client.post("/documents/upload", content=body(), headers=headers)
+        assert (answer.status_code, answer.json()["size"], written) == (201, len(PDF) + pieces, [True])
 
 
 def test_an_upload_may_not_dribble_on_behind_its_file(tmp_path: Path) -> None:
@@ -1401,7 +1423,7 @@ def test_a_client_that_goes_leaves_nothing(target: Target) -> None:
         before = stored_files(settings)
         with connected(client) as connection:
             token = client.headers["Authorization"].removeprefix("Bearer ").encode()
-            connection.sendall(sent(part(PDF.ljust(10**5)), Content_Length=str(10**6)).replace(b"TOKEN", token))
+            connection.sendall(sent(part(PDF.ljust(2 * 10**6)), Content_Length=str(3 * 10**6)).replace(b"TOKEN", token))
             until(lambda: [name for name in stored_files(settings) if name.endswith(".part")])
         until(lambda: stored_files(settings) == before)
 
@@ -1888,7 +1910,7 @@ def test_the_sweep_at_a_start_spares_what_may_be_under_way(tmp_path: Path) -> No
     files = settings.data_dir / "files"
 
     def body() -> Iterator[bytes]:
-        yield b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.pdf"\r\n\r\n' + PDF[:9] + bytes(20_000)
+        yield b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.pdf"\r\n\r\n' + PDF[:9] + bytes(2**21)
         assert go.wait(30)
         yield PDF[9:] + b"\r\n--x--\r\n"
 
@@ -1903,7 +1925,7 @@ def test_the_sweep_at_a_start_spares_what_may_be_under_way(tmp_path: Path) -> No
             until(lambda: len(list(files.iterdir())) == 1)
             go.set()
             path = sending.result().headers["Location"]
-            assert len(other.get(f"{path}/file").content) == 20_000 + len(PDF)
+            assert len(other.get(f"{path}/file").content) == 2**21 + len(PDF)
 
 
 # Step by step
@@ -2347,8 +2369,8 @@ def test_exit_is_bounded_whatever_is_under_way(tmp_path: Path, number: int) -> N
         polling.sendall(b"\r\n")
         send(f"GET {download}/file").sendall(b"\r\n")  # and nobody takes it
         uploading = send("POST /documents/upload")
-        uploading.sendall(b"Content-Type: multipart/form-data; boundary=x\r\nContent-Length: 99999\r\n\r\n--x\r\n"
-                          b'Content-Disposition: form-data; name="file"; filename="a.pdf"\r\n\r\n' + big[:20_000])
+        uploading.sendall(b"Content-Type: multipart/form-data; boundary=x\r\nContent-Length: 9999999\r\n\r\n--x\r\n"
+                          b'Content-Disposition: form-data; name="file"; filename="a.pdf"\r\n\r\n' + big[:2_000_000])
         until(lambda: list((tmp_path / "data" / "files").glob("*.part")))
         server.process.send_signal(number)
         server.process.wait(10)
@@ -2402,7 +2424,7 @@ def test_a_full_disk_is_told_and_got_over(tmp_path: Path, kind: str) -> None:
             path, other, content = uploaded(client), uploaded(client), PDF[:9] + bytes(40_000) + PDF[9:]
             paths = client.get("/openapi.json").json()["paths"]
             with no_space(server, data, mounted):
-                for answer in (upload(client), upload(client, content), upload(client, content[:-7])):
+                for answer in (upload(client), upload(client, content), upload(client, PDF.ljust(2_000_000))):
                     assert (answer.status_code, answer.json()["code"]) == (507, "insufficient_storage")
                 assert client.get("/readyz").status_code == 503
                 for method, answer in (("post", client.post(f"{path}/process")), ("delete", client.delete(path))):
