@@ -481,8 +481,8 @@ class Scenario:
 
 SIZES = {"upload-10k": 10_000, "upload-100k": 100_000, "upload-1m": 1_000_000, "upload-10m": 10_000_000}
 COUNTS = ("1,000", "100,000", "1,000,000")
-SCENARIOS = {name: Scenario(f"{CLIENTS} clients upload PDFs of {size:,} bytes", uploads(size))
-             for name, size in SIZES.items()} | {
+SCENARIOS = {name: Scenario(f"{CLIENTS} clients upload PDFs of {size:,} bytes", uploads(size),
+                            most_rounds=2 if size > 10**6 else 100) for name, size in SIZES.items()} | {
     "open-1000": Scenario(
         f"{MANY} uploads of 100,000 bytes open at once, sent within {PACE:g} s; soft limit of 1,024 open files",
         open_uploads, (SERVICE, TEXTBOOK), (("service", "textbook"),), open_files=1024, most_rounds=2),
@@ -499,13 +499,14 @@ SCENARIOS = {name: Scenario(f"{CLIENTS} clients upload PDFs of {size:,} bytes", 
         most_rounds=2),
     "queue-1000": Scenario(
         f"{MANY} documents from `process` to COMPLETED; times of the calls of `process`", process_queue,
-        (Kind("service", settings={"DOCS_PROCESS_SECONDS": "0"}),), ()),
+        (Kind("service", settings={"DOCS_PROCESS_SECONDS": "0"}),), (), most_rounds=2),
     "health": Scenario(
         f"times of /healthz while {CLIENTS} clients upload 10 MB files; the rest is of the uploads", ask_health,
         (SERVICE, TEXTBOOK), (("service", "textbook"),), most_rounds=2),
     "workers": Scenario(
         f"{CLIENTS} clients upload PDFs of 10,000 bytes to one process and to two", uploads(10_000),
-        (Kind("one"), Kind("two", ("main:app", "--workers", "2"))), (("two", "one"),))}
+        (Kind("one"), Kind("two", ("main:app", "--workers", "2"))), (("two", "one"),),
+        most_rounds=2)}
 
 
 # The report
