@@ -19,6 +19,7 @@ import argparse
 import asyncio
 import base64
 import contextlib
+import copy
 import errno
 import functools
 import getpass
@@ -71,8 +72,8 @@ from starlette.routing import Route, request_response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import auth
-from db import (Database, Document, KeyReused, NewDocument, OwnerGone, QueueFull, Refused, RunLost, Status,
-                UnusableDatabase, User, batches, utc_text)
+from db import (Database, Document, KeyReused, NewDocument, OwnerGone, QueueFull, RunLost, Status, UnusableDatabase,
+                User, batches, utc_text)
 from storage import LocalStorage, Storage, Writer, fsync_folder
 
 try:
@@ -707,6 +708,7 @@ class Upload:
         self.size, self.max_size = 0, service.settings.max_upload_bytes
         self.sha256 = hashlib.sha256()
         self.document_id, self._owner_id, self._idempotency_key = str(uuid.uuid4()), owner_id, idempotency_key
+        self.committing_since = math.inf  # monotonic
         self._writer: Writer | None = None
         self._one_at_a_time, self._finished = threading.RLock(), False
         self._head = b""
@@ -882,62 +884,66 @@ class Intake:
         is raised, the commit is in doubt or there is no file. TimeoutError as in `written`."""
         stored: asyncio.Future[Document] = asyncio.get_running_loop().create_future()
         self._waiting.put((upload, stored))
-        async with asyncio.timeout(WRITE_SECONDS):
-            return await stored
+        try:
+            while not stored.done() and time.monotonic() < upload.committing_since + WRITE_SECONDS:
+                await asyncio.wait([stored], timeout=WRITE_SECONDS)
+            if not stored.done():
+                raise TimeoutError
+            return stored.result()
+        finally:
+            stored.cancel()  # if its turn has not come
 
     def close(self) -> None:
         self._waiting.put(None)
 
     def _run(self) -> None:
         for batch in batches(self._waiting):
-            if wanted := [(upload, stored) for upload, stored in batch if not stored.cancelled()]:
+            if wanted := [waiting for waiting in batch if not waiting[1].cancelled()]:
                 self._store(wanted)
 
     def _store(self, batch: list[Waiting]) -> None:
         """Each exception is raised again by the future, where the request waits."""
-        uploads, start = [upload for upload, _ in batch], time.monotonic()
-        failures = [self._finish(uploads[0])]
-        was_slow, self._slow = self._slow, time.monotonic() - start > SLOW_DISK
-        failures += (self._files.map if was_slow and self._slow else map)(self._finish, uploads[1:])
-        finished = [waiting for waiting, failure in zip(batch, failures) if not failure]
-        self._tell([(stored, failure) for (_, stored), failure in zip(batch, failures) if failure])
+        finished, start = list[Waiting](), time.monotonic()
         try:
+            good = [self._finish(batch[0])]
+            was_slow, self._slow = self._slow, time.monotonic() - start > SLOW_DISK
+            good += (self._files.map if was_slow and self._slow else map)(self._finish, batch[1:])
+            finished = list(itertools.compress(batch, good))
             self._storage.sync()
+            for upload, _ in finished:
+                upload.committing_since = time.monotonic()
             rows = self._db.add_documents([upload.document() for upload, _ in finished])
         except BaseException as failure:
             for upload, _ in finished:
                 with contextlib.suppress(OSError):
                     self._storage.delete(upload.document_id)
-            self._tell([(stored, failure) for _, stored in finished])
+            self._tell(batch, failure)
         else:  # meanwhile this thread goes on to the next files
-            rows.add_done_callback(functools.partial(self._on_commit, [stored for _, stored in finished]))
+            rows.add_done_callback(lambda done: self._tell(finished, done.exception() or done.result()))
 
-    @staticmethod
-    def _finish(upload: Upload) -> BaseException | None:
+    def _finish(self, waiting: Waiting) -> bool:
         try:
-            upload.finish()
+            waiting[0].finish()
+            return True
         except BaseException as failure:
-            return failure
-        return None
-
-    def _on_commit(self, futures: list["asyncio.Future[Document]"], rows: "Future[list[Document | Refused]]") -> None:
-        failure = rows.exception()
-        self._tell(list(zip(futures, [failure] * len(futures) if failure else rows.result())))
+            self._tell([waiting], failure)
+            return False
 
     @staticmethod
-    def _tell(outcomes: "Sequence[tuple[asyncio.Future[Document], Document | BaseException]]") -> None:
+    def _tell(batch: Sequence[Waiting], outcome: BaseException | Sequence[Document | BaseException]) -> None:
         def settle() -> None:
-            for future, outcome in outcomes:
+            outcomes = itertools.repeat(outcome) if isinstance(outcome, BaseException) else outcome
+            for (_, future), each in zip(batch, outcomes):
                 if future.done():  # nobody waits any more
                     continue
-                if isinstance(outcome, BaseException):
-                    future.set_exception(outcome)
+                if isinstance(each, BaseException):  # a copy, since a raise adds to the traceback
+                    future.set_exception(copy.copy(each).with_traceback(each.__traceback__))
                 else:
-                    future.set_result(outcome)
+                    future.set_result(each)
 
-        if outcomes:
+        if batch:
             with contextlib.suppress(RuntimeError):  # the event loop has ended
-                outcomes[0][0].get_loop().call_soon_threadsafe(settle)
+                batch[0][1].get_loop().call_soon_threadsafe(settle)
 
 
 def shown_filename(name: str) -> str:

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import uuid
 import zipfile
 import zlib
@@ -2117,6 +2118,27 @@ def test_uploads_that_wait_together_share_a_sync_and_a_commit(steps: Steps, monk
     assert "rename" not in seen[syncs[-1]:] and "commit row" in seen[syncs[-1]:]
 
 
+def test_a_failed_commit_is_told_to_all_that_share_it(
+        steps: Steps, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    faults = [OSError(errno.ENOSPC, "full")]
+
+    def tell(step: str) -> None:
+        if step == "fsync folder" and faults:
+            raise faults.pop()
+
+    answers = upload_together(steps, monkeypatch, tell, [{}] * 20)
+    assert Counter(answer.status_code for answer in answers)[507] >= 19  # one may have come late
+    stacks = [record.exc_info[2] for record in caplog.records if record.exc_info]
+    assert len({len(traceback.extract_tb(stack)) for stack in stacks}) == 1  # none has the frames of the others
+
+
+def test_a_slow_disk_is_waited_for(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "WRITE_SECONDS", 0.1)  # for the database, which other processes may hold
+    with steps.running() as client:
+        steps.tell = lambda step: time.sleep(0.5) if step == "fsync file" else None
+        assert upload(client).status_code == 201
+
+
 def test_an_upload_that_fails_spares_those_that_wait_with_it(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
     faults = [OSError(errno.ENOSPC, "full")]
 
@@ -2208,7 +2230,7 @@ def test_a_fault_at_any_step_is_answered_and_got_over(steps: Steps, caplog: pyte
         caplog.clear()
         yield
         until(lambda: not faults)
-        until(lambda: any(record.exc_info and record.exc_info[1] is failure for record in caplog.records))  # told
+        until(lambda: any(record.exc_info and repr(record.exc_info[1]) == repr(failure) for record in caplog.records))
 
     steps.tell = tell
     data = steps.settings.data_dir
