@@ -407,10 +407,11 @@ class Database:
     # Documents
 
     @write
-    def add_documents(self, new: Sequence[NewDocument]) -> list[Document | Refused]:
-        """For each the new document, or the one that its owner uploaded under its key before; KeyReused when that one
-        has another content, OwnerGone."""
-        return [self._add_document(document) for document in new]
+    def add_documents(self, new: Callable[[], Sequence[NewDocument | None]]) -> list[Document | Refused | None]:
+        """Adds those that `new` tells when the transaction has begun; None is one that was withdrawn meanwhile. For
+        each the new document, or the one that its owner uploaded under its key before; KeyReused when that one has
+        another content; OwnerGone."""
+        return [document and self._add_document(document) for document in new()]
 
     def _add_document(self, new: NewDocument) -> Document | Refused:
         now = utc_now()

@@ -72,8 +72,8 @@ from starlette.routing import Route, request_response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import auth
-from db import (Database, Document, KeyReused, NewDocument, OwnerGone, QueueFull, RunLost, Status, UnusableDatabase,
-                User, batches, utc_text)
+from db import (Database, Document, NewDocument, OwnerGone, QueueFull, Refused, RunLost, Status, UnusableDatabase, User,
+                batches, utc_text)
 from storage import LocalStorage, Storage, Writer, fsync_folder
 
 try:
@@ -521,7 +521,7 @@ class Service:
         self.worker = Worker(self.db, self.storage, pipeline or functools.partial(
             simulated_pipeline, seconds=settings.process_seconds), settings)
         self.watch = Watch(self.db)
-        self.held, self.holding = 0, threading.Lock()  # bytes of uploads, counted with PIECE
+        self.held, self.held_lock = 0, threading.Lock()  # bytes of all uploads, see HELD_BY_ALL
         self.exit_by: float | None = None  # monotonic
         self._ready_until = 0.0
         if not self.db.has_users():
@@ -589,6 +589,14 @@ async def written(future: Future[T]) -> T:
     """What a write to the database returned. TimeoutError, an OSError, when another process does not let go of it."""
     async with asyncio.timeout(WRITE_SECONDS):
         return await asyncio.wrap_future(future)
+
+
+async def remove_file(service: Service, key: str) -> None:
+    """Of a document that is gone or never was. What can't be removed now will be with a sweep."""
+    try:
+        await run_in_threadpool(service.storage.delete, key)
+    except OSError as failure:
+        log_event("storage_error", logging.ERROR, failure=failure)
 
 
 def service_of(request: Request) -> Service:
@@ -684,19 +692,21 @@ async def read_fields(request: Request, model: type[Model]) -> Model:
 
 
 SMALL_BODY = 65536  # bytes: also what a multipart body may have around its file
-HELD_BY_ALL, HELD_BY_ONE = 24 * 2**20, 2**20  # bytes of their files that uploads may hold before they write them
-PIECE = 2**14  # what a piece counts for at least, since a tiny one takes more memory than it has bytes
-SMALL_FILE, SLOW_DISK = 2**18, 0.005  # bytes, and seconds for a small file: see `Intake`
+HELD_BY_ALL, HELD_BY_ONE = 12 * 2**20, 2**20  # bytes of their files that uploads hold before they write them
+PIECE = 256  # bytes that a piece counts for at least: a tiny one is a Python object too
+SMALL_FILE = 2**18  # bytes, up to which the intake thread writes the whole file
+SLOW_DISK = 0.005  # seconds for such a file
 PDF = "application/pdf"
 DOCX = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
 MEDIA_TYPES = {".pdf": PDF, ".docx": DOCX}
 
 
 class Upload:
-    """The one file of a multipart body on its way into the storage: parsed, checked, hashed and written as it comes.
+    """The one file of a multipart body on its way into the storage: parsed and checked as it comes, held in memory,
+    hashed and written when that has become much, has waited long, or is all.
 
-    `feed` and `end` run on the event loop, the others in a thread, one at a time: a `close` waits for a `finish` that
-    goes on although its request was cancelled. Whatever ends the upload early, `close` leaves no trace.
+    `feed` and `end` run on the event loop, the others in a thread, one at a time: a `discard` waits for a `finish` that
+    goes on although its request was cancelled. What was not finished leaves no trace behind `discard`.
     """
 
     def __init__(self, request: Request, owner_id: str, idempotency_key: str | None) -> None:
@@ -710,13 +720,13 @@ class Upload:
         self.document_id, self._owner_id, self._idempotency_key = str(uuid.uuid4()), owner_id, idempotency_key
         self.committing_since = math.inf  # monotonic
         self._writer: Writer | None = None
-        self._one_at_a_time, self._finished = threading.RLock(), False
+        self._one_at_a_time, self.finished = threading.RLock(), False
         self._head = b""
         self._start_is_right = False  # that the content begins as its type does
         self._pending, self._held, self._flushed = list[bytes](), 0, time.monotonic()
         self._parts, self._in_file, self._ended = 0, False, False
-        # The sweep takes a file for abandoned when it was not written for long, so nothing else may go on for long.
-        self._patience, self._last_piece = 5 * service.settings.upload_idle_seconds, time.monotonic()
+        # The sweep takes a file for abandoned that was not written for ten idle times.
+        self._idle_seconds, self._last_piece = service.settings.upload_idle_seconds, time.monotonic()
         self._header, self._value, self._disposition = b"", b"", b""
         try:
             if not options.get(b"boundary"):
@@ -735,17 +745,17 @@ class Upload:
             self._parser.write(chunk)
         except FormParserError:
             raise Problem("malformed_body") from None
-        if (now := time.monotonic()) > self._last_piece + self._patience:
+        if (now := time.monotonic()) > self._last_piece + 5 * self._idle_seconds:  # other parts, without an end
             raise Problem("upload_timeout", headers={"Connection": "close"})
         if self.size > self.max_size:
             raise Problem("too_large", f"The file is larger than {self.max_size} bytes.")
         self._check_start(complete=False)
         waiting = self._start_is_right and bool(self._pending) and not self._ended
         return waiting and (self._held > HELD_BY_ONE or self._service.held > HELD_BY_ALL
-                            or now > self._flushed + self._patience / 5)
+                            or now > self._flushed + self._idle_seconds)
 
     def _hold(self, size: int) -> None:
-        with self._service.holding:
+        with self._service.held_lock:
             self._held += size
             self._service.held += size
 
@@ -820,7 +830,7 @@ class Upload:
 
     @property
     def takes_long(self) -> bool:
-        """Whether `finish` may take long enough to keep others waiting."""
+        """Whether `finish` may take so long that the others of a batch should not wait for it."""
         return self.size > SMALL_FILE or self.media_type == DOCX
 
     def flush(self) -> None:
@@ -835,17 +845,15 @@ class Upload:
             self._flushed = time.monotonic()
 
     def finish(self) -> None:
-        """After the return the next `Storage.sync` makes the file durable. Problem: it is no DOCX. Once is enough."""
+        """After the return the next `Storage.sync` makes the file durable. Problem: it is no DOCX."""
         with self._one_at_a_time:
-            if self._finished:
-                return
             try:
                 self.flush()
                 assert self._writer is not None
                 self._writer.commit()
             finally:
-                self.close()
-            self._writer, self._finished = None, True
+                self.discard()
+            self._writer = None
         if self.media_type == DOCX:
             try:
                 with self._service.storage.open(self.document_id) as file:
@@ -853,14 +861,15 @@ class Upload:
             except BaseException:
                 self._service.storage.delete(self.document_id)
                 raise
+        self.finished = True
 
-    def close(self) -> None:
+    def discard(self) -> None:
         with self._one_at_a_time:
             self._hold(-self._held)
             if self._writer is not None:
-                self._writer.__exit__()
+                self._writer.__exit__(None, None, None)
 
-    def document(self) -> NewDocument:
+    def row(self) -> NewDocument:
         return NewDocument(self.document_id, self._owner_id, self.filename, self.media_type, self.size,
                            self.sha256.hexdigest(), self._idempotency_key)
 
@@ -871,17 +880,18 @@ Waiting = tuple[Upload, "asyncio.Future[Document]"]
 class Intake:
     """Makes uploads durable, together those that wait together: one sync of the storage, one transaction and one word
     to the event loop for all of them. One thread does it, since threads that each do a little cost more in passing on
-    Python's lock than they save; only while the disk is slow the others of the file pool help."""
+    Python's lock than they save. Only what `takes_long` the file pool has finished before, and on a slow disk it
+    finishes the rest of a batch."""
 
     def __init__(self, db: Database, storage: Storage, files: ThreadPoolExecutor) -> None:
         self._db, self._storage, self._files = db, storage, files
         self._waiting: SimpleQueue[Waiting | None] = SimpleQueue()  # None: the last one
-        self._slow = False  # the disk, a moment ago; once alone says little, as other threads take their time too
+        self._slow = False  # the first file of the last batch; one alone may have waited for Python's lock
         threading.Thread(target=self._run, name="intake", daemon=True).start()
 
     async def store(self, upload: Upload) -> Document:
-        """What `Database.add_documents` says of it, once that and its file would survive a power loss. Whatever else
-        is raised, the commit is in doubt or there is no file. TimeoutError as in `written`."""
+        """What `Database.add_documents` says of it, once that and its file would survive a power loss. Any other
+        exception: as in `written` when it is of the commit, else of the storage, and there is no file any more."""
         stored: asyncio.Future[Document] = asyncio.get_running_loop().create_future()
         self._waiting.put((upload, stored))
         try:
@@ -891,7 +901,7 @@ class Intake:
                 raise TimeoutError
             return stored.result()
         finally:
-            stored.cancel()  # if its turn has not come
+            stored.cancel()  # withdrawn, unless its transaction has begun
 
     def close(self) -> None:
         self._waiting.put(None)
@@ -903,38 +913,42 @@ class Intake:
 
     def _store(self, batch: list[Waiting]) -> None:
         """Each exception is raised again by the future, where the request waits."""
-        finished, start = list[Waiting](), time.monotonic()
         try:
-            good = [self._finish(batch[0])]
-            was_slow, self._slow = self._slow, time.monotonic() - start > SLOW_DISK
-            good += (self._files.map if was_slow and self._slow else map)(self._finish, batch[1:])
-            finished = list(itertools.compress(batch, good))
+            self._finish_files([waiting for waiting in batch if not waiting[0].finished])
+            finished = [waiting for waiting in batch if waiting[0].finished]
             self._storage.sync()
             for upload, _ in finished:
                 upload.committing_since = time.monotonic()
-            rows = self._db.add_documents([upload.document() for upload, _ in finished])
+            rows = self._db.add_documents(lambda: [
+                None if stored.cancelled() else upload.row() for upload, stored in finished])
         except BaseException as failure:
-            for upload, _ in finished:
+            for upload, _ in batch:
                 with contextlib.suppress(OSError):
                     self._storage.delete(upload.document_id)
             self._tell(batch, failure)
         else:  # meanwhile this thread goes on to the next files
             rows.add_done_callback(lambda done: self._tell(finished, done.exception() or done.result()))
 
-    def _finish(self, waiting: Waiting) -> bool:
+    def _finish_files(self, batch: list[Waiting]) -> None:
+        if batch:
+            start, was_slow = time.monotonic(), self._slow
+            self._finish(batch[0])
+            self._slow = time.monotonic() - start > SLOW_DISK
+            for _ in (self._files.map if was_slow and self._slow else map)(self._finish, batch[1:]):
+                pass
+
+    def _finish(self, waiting: Waiting) -> None:
         try:
             waiting[0].finish()
-            return True
         except BaseException as failure:
             self._tell([waiting], failure)
-            return False
 
     @staticmethod
-    def _tell(batch: Sequence[Waiting], outcome: BaseException | Sequence[Document | BaseException]) -> None:
+    def _tell(batch: Sequence[Waiting], outcome: BaseException | Sequence[Document | BaseException | None]) -> None:
         def settle() -> None:
             outcomes = itertools.repeat(outcome) if isinstance(outcome, BaseException) else outcome
             for (_, future), each in zip(batch, outcomes):
-                if future.done():  # nobody waits any more
+                if future.done() or each is None:  # nobody waits any more
                     continue
                 if isinstance(each, BaseException):  # a copy, since a raise adds to the traceback
                     future.set_exception(copy.copy(each).with_traceback(each.__traceback__))
@@ -1396,7 +1410,7 @@ async def logout(request: Request) -> None:
 
 class RawRoute(APIRoute):
     """A route that FastAPI documents and Starlette serves: the function gets the request and makes the response.
-    Dependencies to solve and a response to validate would take a fifth of the time of a small upload."""
+    Dependencies to solve and a response to validate would take a tenth of the time of a small upload."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -1412,8 +1426,8 @@ async def upload(request: Request) -> Response:
     idempotency_key = request.headers.get("idempotency-key")
     if idempotency_key is not None and not re.fullmatch(IDEMPOTENCY_KEY, idempotency_key):
         raise invalid("Use 1 to 128 visible ASCII characters.", "header", "Idempotency-Key")
-    incoming, in_thread = Upload(request, user.user_id, idempotency_key), functools.partial(
-        asyncio.get_running_loop().run_in_executor, service.files)
+    in_thread = functools.partial(asyncio.get_running_loop().run_in_executor, service.files)
+    incoming = Upload(request, user.user_id, idempotency_key)
     try:
         async for chunk in body_chunks(request, service.settings.max_upload_bytes + SMALL_BODY):
             if incoming.feed(chunk):
@@ -1423,21 +1437,21 @@ async def upload(request: Request) -> Response:
         if incoming.takes_long:
             await in_thread(incoming.finish)
         document = await service.intake.store(incoming)
-    except KeyReused:
-        await run_in_threadpool(service.storage.delete, incoming.document_id)
+    except Refused as refusal:
+        await remove_file(service, incoming.document_id)
+        if isinstance(refusal, OwnerGone):
+            raise Problem("invalid_token", headers=BAD_BEARER) from None
         raise Problem("idempotency_key_reused", errors=[
             {"loc": ["header", "Idempotency-Key"], "msg": "It was used for another file."}]) from None
-    except OwnerGone:
-        await run_in_threadpool(service.storage.delete, incoming.document_id)
-        raise Problem("invalid_token", headers=BAD_BEARER) from None
-    except BaseException:  # of a finished file nothing is removed: a commit that failed may yet be found done after a
-        await in_thread(incoming.close)  # crash. If it isn't, the sweep takes the file.
+    except BaseException:
+        # Nothing that is finished: a commit that failed may yet be found done after a crash. Else the sweep takes it.
+        await in_thread(incoming.discard)
         raise
     headers = {}
     if document.document_id == incoming.document_id:
         log_event("uploaded", document_id=document.document_id, size=document.size, media_type=document.media_type)
     else:
-        await run_in_threadpool(service.storage.delete, incoming.document_id)
+        await remove_file(service, incoming.document_id)
         headers["Idempotency-Replayed"] = "true"
     headers["Location"] = f"/documents/{document.document_id}"
     return Response(DocumentOut.model_validate(document).model_dump_json(), 201, headers, "application/json")
@@ -1525,10 +1539,7 @@ async def delete(document_id: uuid.UUID, request: Request, user: CurrentUser) ->
     if not await written(service.db.delete(str(document_id), user.user_id)):
         raise Problem("not_found")
     log_event("deleted", document_id=str(document_id))
-    try:
-        await run_in_threadpool(service.storage.delete, str(document_id))
-    except OSError as failure:  # the document is gone, and its file will be with the next sweep
-        log_event("storage_error", logging.ERROR, failure=failure)
+    await remove_file(service, str(document_id))
 
 
 @router.post("/documents/{document_id:uuid}/process", tags=["processing"], status_code=202, response_model=StatusOut,

@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import http.client
 import io
+import itertools
 import json
 import os
 import random
@@ -556,8 +557,8 @@ def test_a_silent_client_gets_408(tmp_path: Path) -> None:
         assert stored_files(settings) == []
 
 
-@pytest.mark.parametrize("pieces, idle_seconds, held_by_all", [(100, 30, 10**9), (30, 0.3, 10**9), (4, 30, 40_000)],
-                         ids=["many pieces", "a long time", "many uploads"])
+@pytest.mark.parametrize("pieces, idle_seconds, held_by_all", [(30, 0.3, 10**9), (4, 30, 1000)],
+                         ids=["a long time", "many uploads"])
 def test_an_upload_is_written_before_it_is_whole(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: int, idle_seconds: float, held_by_all: int) -> None:
     settings, written = settings_in(tmp_path, upload_idle_seconds=idle_seconds), list[bool]()
@@ -985,7 +986,7 @@ def test_storage_keys_tells_old_objects_finished_or_not(storage: Storage) -> Non
     assert list(storage.keys(60)) == []
     storage.delete("unfinished")
     assert list(storage.keys(-60)) == ["done"]
-    unfinished.__exit__()
+    unfinished.__exit__(None, None, None)
     storage.check()
     assert list(storage.keys(-60)) == ["done"]
 
@@ -2099,6 +2100,8 @@ def upload_together(steps: Steps, monkeypatch: pytest.MonkeyPatch, tell: Callabl
         until(lambda: arrived)
         others = [pool.submit(upload, client, **file) for file in files]
         until(lambda: len(arrived) == 1 + len(files))
+        until(lambda: all(incoming.finished for incoming in arrived if incoming.takes_long)
+              or any(other.done() for other in others))
         go.set()
         assert first.result().status_code == 201
         answers = [other.result() for other in others]
@@ -2158,16 +2161,14 @@ def test_an_upload_that_fails_spares_those_that_wait_with_it(steps: Steps, monke
 def test_uploads_share_the_threads_of_the_file_pool_on_a_slow_disk(
         steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(main, "SLOW_DISK", 0)  # every disk is
-    side_by_side, synced = threading.Barrier(4), list[str]()
+    side_by_side, synced = threading.Barrier(4), itertools.count()
 
     def tell(step: str) -> None:
-        if step == "fsync file":
-            synced.append(step)
-            if 1 < len(synced) < 6:  # the first of a batch tells how the disk is
-                side_by_side.wait(30)
+        if step == "fsync file" and 1 <= next(synced) <= 4:  # the first of a batch tells how the disk is
+            side_by_side.wait(30)
 
-    answers = upload_together(steps, monkeypatch, tell, [{}] * 9)
-    assert [answer.status_code for answer in answers] == [201] * 9
+    answers = upload_together(steps, monkeypatch, tell, [{"content": docx(), "filename": "a.docx"}, *[{}] * 9])
+    assert [answer.status_code for answer in answers] == [201] * 10
 
 
 def test_a_crash_at_any_step_loses_nothing_that_was_answered(steps: Steps, tmp_path: Path) -> None:
@@ -2561,6 +2562,7 @@ def test_a_process_that_holds_the_lock_makes_others_answer_503(
             for answer in (upload(client), client.post(f"{path}/process"), client.delete(path), client.get("/readyz")):
                 assert (answer.status_code, answer.json()["code"]) == (503, "unavailable")
         assert client.get("/readyz").status_code == 200
+        assert len(client.get("/documents").json()) == 1  # what was answered with 503 has been withdrawn
         assert processed(client, path)["status"] == "COMPLETED"
 
 
