@@ -696,6 +696,7 @@ HELD_BY_ALL, HELD_BY_ONE = 12 * 2**20, 2**20  # bytes of their files that upload
 PIECE = 256  # bytes that a piece counts for at least: a tiny one is a Python object too
 SMALL_FILE = 2**18  # bytes, up to which the intake thread writes the whole file
 SLOW_DISK = 0.005  # seconds for such a file
+FRESH_SECONDS = 120.0  # after that no row is added for a file: a process that was stopped may have lost it to a sweep
 PDF = "application/pdf"
 DOCX = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
 MEDIA_TYPES = {".pdf": PDF, ".docx": DOCX}
@@ -720,7 +721,9 @@ class Upload:
         self.document_id, self._owner_id, self._idempotency_key = str(uuid.uuid4()), owner_id, idempotency_key
         self.committing_since = math.inf  # monotonic
         self._writer: Writer | None = None
-        self._one_at_a_time, self.finished = threading.RLock(), False
+        self._one_at_a_time, self._discarded = threading.RLock(), False
+        self.in_threads = False  # from the first time on that one is to work on it
+        self.finished_at = math.inf  # monotonic
         self._head = b""
         self._start_is_right = False  # that the content begins as its type does
         self._pending, self._held, self._flushed = list[bytes](), 0, time.monotonic()
@@ -751,8 +754,10 @@ class Upload:
             raise Problem("too_large", f"The file is larger than {self.max_size} bytes.")
         self._check_start(complete=False)
         waiting = self._start_is_right and bool(self._pending) and not self._ended
-        return waiting and (self._held > HELD_BY_ONE or self._service.held > HELD_BY_ALL
-                            or now > self._flushed + self._idle_seconds)
+        due = waiting and (self._held > HELD_BY_ONE or self._service.held > HELD_BY_ALL
+                           or now > self._flushed + self._idle_seconds)
+        self.in_threads |= due
+        return due
 
     def _hold(self, size: int) -> None:
         with self._service.held_lock:
@@ -827,6 +832,7 @@ class Upload:
         if not self.size:
             raise invalid("The file is empty.", "body", "file")
         self._check_start(complete=True)
+        self.in_threads = True
 
     @property
     def takes_long(self) -> bool:
@@ -835,6 +841,8 @@ class Upload:
 
     def flush(self) -> None:
         with self._one_at_a_time:
+            if self._discarded:
+                raise ClientDisconnect
             if self._writer is None:
                 self._writer = self._service.storage.create(self.document_id)
             for piece in self._pending:
@@ -861,10 +869,16 @@ class Upload:
             except BaseException:
                 self._service.storage.delete(self.document_id)
                 raise
-        self.finished = True
+        self.finished_at = time.monotonic()
+
+    @property
+    def finished(self) -> bool:
+        return self.finished_at < math.inf
 
     def discard(self) -> None:
         with self._one_at_a_time:
+            self._discarded = True
+            self._pending.clear()
             self._hold(-self._held)
             if self._writer is not None:
                 self._writer.__exit__(None, None, None)
@@ -908,6 +922,10 @@ class Intake:
 
     def _run(self) -> None:
         for batch in batches(self._waiting):
+            for upload, stored in batch:
+                if stored.cancelled() and upload.finished:
+                    with contextlib.suppress(OSError):
+                        self._storage.delete(upload.document_id)
             if wanted := [waiting for waiting in batch if not waiting[1].cancelled()]:
                 self._store(wanted)
 
@@ -920,7 +938,8 @@ class Intake:
             for upload, _ in finished:
                 upload.committing_since = time.monotonic()
             rows = self._db.add_documents(lambda: [
-                None if stored.cancelled() else upload.row() for upload, stored in finished])
+                None if stored.cancelled() or time.monotonic() > upload.finished_at + FRESH_SECONDS else upload.row()
+                for upload, stored in finished])
         except BaseException as failure:
             for upload, _ in batch:
                 with contextlib.suppress(OSError):
@@ -938,8 +957,10 @@ class Intake:
                 pass
 
     def _finish(self, waiting: Waiting) -> None:
+        upload, stored = waiting
         try:
-            waiting[0].finish()
+            if not stored.cancelled():
+                upload.finish()
         except BaseException as failure:
             self._tell([waiting], failure)
 
@@ -1445,7 +1466,10 @@ async def upload(request: Request) -> Response:
             {"loc": ["header", "Idempotency-Key"], "msg": "It was used for another file."}]) from None
     except BaseException:
         # Nothing that is finished: a commit that failed may yet be found done after a crash. Else the sweep takes it.
-        await in_thread(incoming.discard)
+        if incoming.in_threads:
+            await in_thread(incoming.discard)
+        else:  # nor does an answer wait for a disk that hangs
+            incoming.discard()
         raise
     headers = {}
     if document.document_id == incoming.document_id:

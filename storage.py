@@ -124,8 +124,8 @@ class LocalWriter:
 
     def _close(self) -> None:
         if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+            descriptor, self._descriptor = self._descriptor, -1  # a close that fails has closed it (close(2))
+            os.close(descriptor)
 
 
 def fsync_folder(folder: Path) -> None:

@@ -1,4 +1,5 @@
 """Each rule of the service has a test that is named after it. They use the real app, files, SQLite and processes."""
+import asyncio
 import base64
 import contextlib
 import errno
@@ -2133,6 +2134,55 @@ def test_a_failed_commit_is_told_to_all_that_share_it(
     assert Counter(answer.status_code for answer in answers)[507] >= 19  # one may have come late
     stacks = [record.exc_info[2] for record in caplog.records if record.exc_info]
     assert len({len(traceback.extract_tb(stack)) for stack in stacks}) == 1  # none has the frames of the others
+
+
+def test_a_refusal_waits_for_no_disk(steps: Steps) -> None:
+    go = threading.Event()
+
+    def tell(step: str) -> None:
+        if step == "fsync file":
+            assert go.wait(30)
+
+    with steps.running() as client, ThreadPoolExecutor(9) as pool:
+        steps.tell = tell
+        stuck = [pool.submit(upload, client, docx(), "a.docx") for _ in range(8)]  # all of the file pool
+        stuck.append(pool.submit(upload, client))
+        assert upload(client, b"no PDF".ljust(2000)).status_code == 415
+        assert upload(client, b"").status_code == 422
+        go.set()
+        assert {answer.result().status_code for answer in stuck} == {201}
+
+
+def test_no_row_is_added_for_a_file_that_a_sweep_may_have_taken(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "FRESH_SECONDS", -1)  # as if the process had been stopped for long
+    monkeypatch.setattr(main, "WRITE_SECONDS", 0.1)
+    with running(settings_in(tmp_path)) as client:
+        assert upload(client).status_code == 503
+        assert client.get("/documents").json() == []
+
+
+def test_what_was_given_up_before_its_turn_leaves_nothing(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    go, store = threading.Event(), main.Intake.store
+
+    async def give_up(intake: main.Intake, incoming: main.Upload) -> Document:
+        async with asyncio.timeout(0.1):
+            return await store(intake, incoming)
+
+    def tell(step: str) -> None:
+        if step == "fsync folder":
+            assert go.wait(30)
+
+    with steps.running() as client, ThreadPoolExecutor(1) as pool:
+        steps.tell = tell
+        first = pool.submit(upload, client)
+        until(lambda: len(stored_files(steps.settings)) == 1)
+        monkeypatch.setattr(main.Intake, "store", give_up)
+        assert upload(client).status_code == upload(client, docx(), "a.docx").status_code == 503
+        go.set()
+        assert first.result().status_code == 201
+        until(lambda: len(stored_files(steps.settings)) == 1)
+        assert len(client.get("/documents").json()) == 1
 
 
 def test_a_slow_disk_is_waited_for(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
