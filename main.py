@@ -706,8 +706,9 @@ class Upload:
     """The one file of a multipart body on its way into the storage: parsed and checked as it comes, held in memory,
     hashed and written when that has become much, has waited long, or is all.
 
-    `feed` and `end` run on the event loop, the others in a thread, one at a time: a `discard` waits for a `finish` that
-    goes on although its request was cancelled. What was not finished leaves no trace behind `discard`.
+    `feed` and `end` run on the event loop, the others in a thread once there is something to write, one at a time: a
+    `discard` waits for a `finish` that goes on although its request was cancelled. What was not finished leaves no
+    trace behind `discard`.
     """
 
     def __init__(self, request: Request, owner_id: str, idempotency_key: str | None) -> None:
