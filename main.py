@@ -1313,7 +1313,7 @@ class Watch:
         seen = -1
         while True:
             await self._somebody.wait()
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.02)
             try:
                 version = self._db.version()
                 if version != seen:
