@@ -18,7 +18,7 @@ from datetime import datetime, timezone
 from enum import StrEnum
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, BinaryIO, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Any, BinaryIO, Concatenate, ParamSpec, TypeVar
 
 try:
     import fcntl
@@ -139,16 +139,7 @@ class Document:
     started_at: str | None = None
     finished_at: str | None = None
     error: str | None = None
-
-
-class NewDocument(NamedTuple):
-    document_id: str
-    owner_id: str
-    filename: str
-    media_type: str
-    size: int
-    sha256: str
-    idempotency_key: str | None
+    idempotency_key: str | None = None
 
 
 COLUMNS = ", ".join(field.name for field in fields(Document))
@@ -407,26 +398,26 @@ class Database:
     # Documents
 
     @write
-    def add_documents(self, new: Callable[[], Sequence[NewDocument | None]]) -> list[Document | Refused | None]:
+    def add_documents(self, new: Callable[[], Sequence[Document | None]]) -> list[Document | Refused | None]:
         """Adds those that `new` tells when the transaction has begun; None is one that was withdrawn meanwhile. For
-        each the new document, or the one that its owner uploaded under its key before; KeyReused when that one has
+        each that document, or the one that its owner uploaded under its key before; KeyReused when that one has
         another content; OwnerGone."""
         return [document and self._add_document(document) for document in new()]
 
-    def _add_document(self, new: NewDocument) -> Document | Refused:
-        now = utc_now()
+    def _add_document(self, new: Document) -> Document | Refused:
         try:
             added = self._w.execute(
-                "INSERT INTO documents (document_id, owner_id, filename, media_type, size, sha256, idempotency_key,"
-                " created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+                "INSERT INTO documents (document_id, owner_id, filename, media_type, size, sha256, status, created_at,"
+                " updated_at, idempotency_key) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
                 " ON CONFLICT (owner_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING",
-                (*new, now, now)).rowcount
+                (new.document_id, new.owner_id, new.filename, new.media_type, new.size, new.sha256, new.status,
+                 new.created_at, new.updated_at, new.idempotency_key)).rowcount
         except sqlite3.IntegrityError as error:  # which undoes this statement, not the transaction
             if error.sqlite_errorcode != sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY:
                 raise
             return OwnerGone()
         if added:
-            return Document(*new[:6], Status.UPLOADED, now, now)
+            return new
         known = Document(*self._w.execute(
             f"SELECT {COLUMNS} FROM documents WHERE owner_id = ? AND idempotency_key = ?",
             (new.owner_id, new.idempotency_key)).fetchone())

@@ -72,8 +72,8 @@ from starlette.routing import Route, request_response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import auth
-from db import (Database, Document, NewDocument, OwnerGone, QueueFull, Refused, RunLost, Status, UnusableDatabase, User,
-                batches, utc_text)
+from db import (Database, Document, OwnerGone, QueueFull, Refused, RunLost, Status, UnusableDatabase, User, batches,
+                utc_now, utc_text)
 from storage import LocalStorage, Storage, Writer, fsync_folder
 
 try:
@@ -591,10 +591,10 @@ async def written(future: Future[T]) -> T:
         return await asyncio.wrap_future(future)
 
 
-async def remove_file(service: Service, key: str) -> None:
+def remove_file(storage: Storage, key: str) -> None:
     """Of a document that is gone or never was. What can't be removed now will be with a sweep."""
     try:
-        await run_in_threadpool(service.storage.delete, key)
+        storage.delete(key)
     except OSError as failure:
         log_event("storage_error", logging.ERROR, failure=failure)
 
@@ -792,10 +792,10 @@ class Upload:
         self.filename = shown_filename(options.get(b"filename", b"").decode(errors="replace"))
         if not self.filename:
             raise invalid("The part named file has no filename.", "body", "file")
-        _, extension = os.path.splitext(self.filename)
-        if extension.lower() not in MEDIA_TYPES:
+        extension = os.path.splitext(self.filename)[1].lower()
+        if extension not in MEDIA_TYPES:
             raise Problem("unsupported_media_type", "The filename has to end in .pdf or .docx.")
-        self.media_type = MEDIA_TYPES[extension.lower()]
+        self.media_type = MEDIA_TYPES[extension]
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
         if self._in_file:
@@ -884,9 +884,11 @@ class Upload:
             if self._writer is not None:
                 self._writer.__exit__(None, None, None)
 
-    def row(self) -> NewDocument:
-        return NewDocument(self.document_id, self._owner_id, self.filename, self.media_type, self.size,
-                           self.sha256.hexdigest(), self._idempotency_key)
+    def row(self) -> Document:
+        now = utc_now()
+        return Document(
+            self.document_id, self._owner_id, self.filename, self.media_type, self.size, self.sha256.hexdigest(),
+            Status.UPLOADED, now, now, idempotency_key=self._idempotency_key)
 
 
 Waiting = tuple[Upload, "asyncio.Future[Document]"]
@@ -910,8 +912,9 @@ class Intake:
         stored: asyncio.Future[Document] = asyncio.get_running_loop().create_future()
         self._waiting.put((upload, stored))
         try:
-            while not stored.done() and time.monotonic() < upload.committing_since + WRITE_SECONDS:
-                await asyncio.wait([stored], timeout=WRITE_SECONDS)
+            while not stored.done() and (
+                    left := WRITE_SECONDS - max(0.0, time.monotonic() - upload.committing_since)) > 0:
+                await asyncio.wait([stored], timeout=left)
             if not stored.done():
                 raise TimeoutError
             return stored.result()
@@ -925,8 +928,7 @@ class Intake:
         for batch in batches(self._waiting):
             for upload, stored in batch:
                 if stored.cancelled() and upload.finished:
-                    with contextlib.suppress(OSError):
-                        self._storage.delete(upload.document_id)
+                    remove_file(self._storage, upload.document_id)
             if wanted := [waiting for waiting in batch if not waiting[1].cancelled()]:
                 self._store(wanted)
 
@@ -935,6 +937,8 @@ class Intake:
         try:
             self._finish_files([waiting for waiting in batch if not waiting[0].finished])
             finished = [waiting for waiting in batch if waiting[0].finished]
+            if not finished:
+                return
             self._storage.sync()
             for upload, _ in finished:
                 upload.committing_since = time.monotonic()
@@ -943,8 +947,7 @@ class Intake:
                 for upload, stored in finished])
         except BaseException as failure:
             for upload, _ in batch:
-                with contextlib.suppress(OSError):
-                    self._storage.delete(upload.document_id)
+                remove_file(self._storage, upload.document_id)
             self._tell(batch, failure)
         else:  # meanwhile this thread goes on to the next files
             rows.add_done_callback(lambda done: self._tell(finished, done.exception() or done.result()))
@@ -954,8 +957,7 @@ class Intake:
             start, was_slow = time.monotonic(), self._slow
             self._finish(batch[0])
             self._slow = time.monotonic() - start > SLOW_DISK
-            for _ in (self._files.map if was_slow and self._slow else map)(self._finish, batch[1:]):
-                pass
+            list((self._files.map if was_slow and self._slow else map)(self._finish, batch[1:]))
 
     def _finish(self, waiting: Waiting) -> None:
         upload, stored = waiting
@@ -977,9 +979,8 @@ class Intake:
                 else:
                     future.set_result(each)
 
-        if batch:
-            with contextlib.suppress(RuntimeError):  # the event loop has ended
-                batch[0][1].get_loop().call_soon_threadsafe(settle)
+        with contextlib.suppress(RuntimeError):  # the event loop has ended
+            batch[0][1].get_loop().call_soon_threadsafe(settle)
 
 
 def shown_filename(name: str) -> str:
@@ -1439,6 +1440,9 @@ class RawRoute(APIRoute):
         self.app = request_response(self.endpoint)
 
 
+IDEMPOTENCY_KEY = "[!-~]{1,128}"
+
+
 async def upload(request: Request) -> Response:
     """Stores a PDF or DOCX. After the 201 it survives a crash or a power loss.
 
@@ -1460,7 +1464,7 @@ async def upload(request: Request) -> Response:
             await in_thread(incoming.finish)
         document = await service.intake.store(incoming)
     except Refused as refusal:
-        await remove_file(service, incoming.document_id)
+        await run_in_threadpool(remove_file, service.storage, incoming.document_id)
         if isinstance(refusal, OwnerGone):
             raise Problem("invalid_token", headers=BAD_BEARER) from None
         raise Problem("idempotency_key_reused", errors=[
@@ -1476,13 +1480,12 @@ async def upload(request: Request) -> Response:
     if document.document_id == incoming.document_id:
         log_event("uploaded", document_id=document.document_id, size=document.size, media_type=document.media_type)
     else:
-        await remove_file(service, incoming.document_id)
+        await run_in_threadpool(remove_file, service.storage, incoming.document_id)
         headers["Idempotency-Replayed"] = "true"
     headers["Location"] = f"/documents/{document.document_id}"
     return Response(DocumentOut.model_validate(document).model_dump_json(), 201, headers, "application/json")
 
 
-IDEMPOTENCY_KEY = "[!-~]{1,128}"
 router.add_api_route(
     "/documents/upload", upload, methods=["POST"], tags=["documents"], status_code=201, response_model=DocumentOut,
     route_class_override=RawRoute, openapi_extra={
@@ -1564,7 +1567,7 @@ async def delete(document_id: uuid.UUID, request: Request, user: CurrentUser) ->
     if not await written(service.db.delete(str(document_id), user.user_id)):
         raise Problem("not_found")
     log_event("deleted", document_id=str(document_id))
-    await remove_file(service, str(document_id))
+    await run_in_threadpool(remove_file, service.storage, str(document_id))
 
 
 @router.post("/documents/{document_id:uuid}/process", tags=["processing"], status_code=202, response_model=StatusOut,

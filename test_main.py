@@ -622,7 +622,9 @@ def test_the_same_idempotency_key_answers_the_first_document(client: httpx.Clien
     assert (other.status_code, other.json()["code"]) == (422, "idempotency_key_reused")
     assert other.json()["errors"][0]["loc"] == ["header", "Idempotency-Key"]
     for bad in ("", "x" * 129, "a b"):
-        assert upload(client, PDF, "a.pdf", **{"Idempotency-Key": bad}).status_code == 422
+        refused = upload(client, PDF, "a.pdf", **{"Idempotency-Key": bad})
+        assert (refused.status_code, refused.json()["code"]) == (422, "validation_error")
+        assert refused.json()["errors"][0]["loc"] == ["header", "Idempotency-Key"]
 
 
 def test_parallel_uploads_under_one_key_make_one_document(tmp_path: Path) -> None:
@@ -1035,6 +1037,12 @@ def test_openapi_lists_what_routes_answer(client: httpx.Client) -> None:
         "201", "400", "401", "408", "413", "415", "422", "500", "503", "507"}
     assert set(operations["POST", "/documents/{document_id}/process"]["responses"]) == {
         "200", "202", "401", "404", "429", "500", "503", "507"}
+    upload_operation = operations["POST", "/documents/upload"]  # whose parts are written by hand
+    assert upload_operation["security"] == operations["GET", "/documents"]["security"] != []
+    assert [(header["name"], header["in"], header["required"]) for header in upload_operation["parameters"]] == [
+        ("Idempotency-Key", "header", False)]
+    form = upload_operation["requestBody"]["content"]["multipart/form-data"]["schema"]
+    assert form["required"] == ["file"] and form["properties"]["file"]["format"] == "binary"
     for operation in operations.values():
         for status, answer in operation["responses"].items():
             for media_type, content in answer.get("content", {}).items():
