@@ -7,6 +7,7 @@ on their caller's thread, always the same one. Readers never wait for writers (W
 import contextlib
 import functools
 import json
+import mmap
 import sqlite3
 import threading
 import time
@@ -162,7 +163,12 @@ class _ProcessLock:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file: BinaryIO = path.open("ab")
+        self._file: BinaryIO = path.open("a+b")
+        if self._file.tell() < 8:
+            self._file.write(bytes(8))
+            self._file.flush()
+        # A number in memory that all processes share; who holds the lock may change it.
+        self.commits = memoryview(mmap.mmap(self._file.fileno(), 8)).cast("Q")
 
     def __enter__(self) -> None:
         if fcntl:
@@ -212,6 +218,8 @@ class Database:
             self._r = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
             opened.pop_all()
         self._r.execute("PRAGMA query_only = ON")
+        self._session = functools.lru_cache(maxsize=1024)(self._read_session)
+        self._sessions_at = self.version()
         self._thread = threading.Thread(target=self._write_forever, name="database-writer", daemon=True)
         self._thread.start()
 
@@ -288,6 +296,7 @@ class Database:
             finally:
                 if self._w.in_transaction:
                     self._w.execute("ROLLBACK")
+                self._lock.commits[0] += 1  # before anybody is told
 
     @write
     def check(self) -> None:
@@ -302,11 +311,18 @@ class Database:
         return User(*row) if row else None
 
     def session_user(self, session_id: str) -> User | None:
-        """Whose session this is, or None when it has ended."""
+        """Whose session this is, or None when it has ended. What was read stays true until something is committed."""
+        if (version := self.version()) != self._sessions_at:
+            self._session.cache_clear()
+            self._sessions_at = version
+        user, expires_at = self._session(session_id)
+        return user if expires_at > time.time() else None
+
+    def _read_session(self, session_id: str) -> tuple[User | None, float]:
         row = self._r.execute(
-            "SELECT user_id, username, password_hash FROM sessions JOIN users USING (user_id)"
-            " WHERE session_id = ? AND expires_at > ?", (session_id, time.time())).fetchone()
-        return User(*row) if row else None
+            "SELECT user_id, username, password_hash, expires_at FROM sessions JOIN users USING (user_id)"
+            " WHERE session_id = ?", (session_id,)).fetchone()
+        return (User(*row[:3]), row[3]) if row else (None, 0.0)
 
     def has_users(self) -> bool:
         return self._r.execute("SELECT 1 FROM users LIMIT 1").fetchone() is not None
@@ -553,9 +569,8 @@ class Database:
         return [Document(*row) for row in (*failed, *requeued)], self._queued(1000)
 
     def version(self) -> int:
-        """Another number whenever anything was committed, by any process."""
-        (version,) = self._r.execute("PRAGMA data_version").fetchone()
-        return int(version)
+        """Another number whenever anything was committed, by any process of this program."""
+        return self._lock.commits[0]
 
     def not_processing(self, document_ids: Sequence[str]) -> list[str]:
         """Those of the ids whose processing has ended, or that are gone."""

@@ -29,6 +29,7 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import secrets
 import select
@@ -433,7 +434,7 @@ class RequestMiddleware:
         request = Request(scope)
         request_id = request.headers.get("x-request-id", "")
         if not REQUEST_ID.fullmatch(request_id):
-            request_id = str(uuid.uuid4())
+            request_id = f"{random.getrandbits(128):032x}"
         request_id_of_context.set(request_id)
 
         async def send_with_headers(message: Message) -> None:
