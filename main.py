@@ -45,7 +45,7 @@ import unicodedata
 import uuid
 import zipfile
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from datetime import datetime, timezone
@@ -434,7 +434,7 @@ class RequestMiddleware:
         request = Request(scope)
         request_id = request.headers.get("x-request-id", "")
         if not REQUEST_ID.fullmatch(request_id):
-            request_id = f"{random.getrandbits(128):032x}"
+            request_id = str(uuid.UUID(int=random.getrandbits(128), version=4))  # without a system call
         request_id_of_context.set(request_id)
 
         async def send_with_headers(message: Message) -> None:
@@ -696,7 +696,6 @@ SMALL_BODY = 65536  # bytes: also what a multipart body may have around its file
 HELD_BY_ALL, HELD_BY_ONE = 12 * 2**20, 2**20  # bytes of their files that uploads hold before they write them
 PIECE = 256  # bytes that a piece counts for at least: a tiny one is a Python object too
 SMALL_FILE = 2**18  # bytes, up to which the intake thread writes the whole file
-SLOW_DISK = 0.005  # seconds for such a file
 FRESH_SECONDS = 120.0  # after that no row is added for a file: a process that was stopped may have lost it to a sweep
 PDF = "application/pdf"
 DOCX = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
@@ -854,6 +853,13 @@ class Upload:
             self._hold(-self._held)
             self._flushed = time.monotonic()
 
+    def sync(self) -> None:
+        """After a `flush`."""
+        with self._one_at_a_time:
+            if self._discarded or self._writer is None:
+                raise ClientDisconnect
+            self._writer.sync()
+
     def finish(self) -> None:
         """After the return the next `Storage.sync` makes the file durable. Problem: it is no DOCX."""
         with self._one_at_a_time:
@@ -898,13 +904,12 @@ Waiting = tuple[Upload, "asyncio.Future[Document]"]
 class Intake:
     """Makes uploads durable, together those that wait together: one sync of the storage, one transaction and one word
     to the event loop for all of them. One thread does it, since threads that each do a little cost more in passing on
-    Python's lock than they save. Only what `takes_long` the file pool has finished before, and on a slow disk it
-    finishes the rest of a batch."""
+    Python's lock than they save; only to wait for the disk side by side it has the file pool. What `takes_long` was
+    finished there before."""
 
     def __init__(self, db: Database, storage: Storage, files: ThreadPoolExecutor) -> None:
         self._db, self._storage, self._files = db, storage, files
         self._waiting: SimpleQueue[Waiting | None] = SimpleQueue()  # None: the last one
-        self._slow = False  # the first file of the last batch; one alone may have waited for Python's lock
         threading.Thread(target=self._run, name="intake", daemon=True).start()
 
     async def store(self, upload: Upload) -> Document:
@@ -936,7 +941,9 @@ class Intake:
     def _store(self, batch: list[Waiting]) -> None:
         """Each exception is raised again by the future, where the request waits."""
         try:
-            self._finish_files([waiting for waiting in batch if not waiting[0].finished])
+            going_on = self._each(Upload.flush, [waiting for waiting in batch if not waiting[0].finished])
+            going_on = self._each(Upload.sync, going_on, self._files.map if len(going_on) > 1 else map)
+            self._each(Upload.finish, going_on)
             finished = [waiting for waiting in batch if waiting[0].finished]
             if not finished:
                 return
@@ -953,20 +960,20 @@ class Intake:
         else:  # meanwhile this thread goes on to the next files
             rows.add_done_callback(lambda done: self._tell(finished, done.exception() or done.result()))
 
-    def _finish_files(self, batch: list[Waiting]) -> None:
-        if batch:
-            start, was_slow = time.monotonic(), self._slow
-            self._finish(batch[0])
-            self._slow = time.monotonic() - start > SLOW_DISK
-            list((self._files.map if was_slow and self._slow else map)(self._finish, batch[1:]))
+    def _each(self, step: Callable[[Upload], None], batch: list[Waiting],
+              mapped: Callable[..., Iterable[bool]] = map) -> list[Waiting]:
+        """Those of the batch that took this step. Who waits for the others has been told, or has given up."""
+        def take(waiting: Waiting) -> bool:
+            upload, stored = waiting
+            try:
+                if not stored.cancelled():
+                    step(upload)
+                    return True
+            except BaseException as failure:
+                self._tell([waiting], failure)
+            return False
 
-    def _finish(self, waiting: Waiting) -> None:
-        upload, stored = waiting
-        try:
-            if not stored.cancelled():
-                upload.finish()
-        except BaseException as failure:
-            self._tell([waiting], failure)
+        return list(itertools.compress(batch, list(mapped(take, batch))))
 
     @staticmethod
     def _tell(batch: Sequence[Waiting], outcome: BaseException | Sequence[Document | BaseException | None]) -> None:
