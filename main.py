@@ -695,7 +695,7 @@ async def read_fields(request: Request, model: type[Model]) -> Model:
 SMALL_BODY = 65536  # bytes: also what a multipart body may have around its file
 HELD_BY_ALL, HELD_BY_ONE = 12 * 2**20, 2**20  # bytes of their files that uploads hold before they write them
 PIECE = 256  # bytes that a piece counts for at least: a tiny one is a Python object too
-SMALL_FILE = 2**18  # bytes, up to which the intake thread writes the whole file
+SMALL_FILE = 2**21  # bytes, up to which the intake thread writes the whole file
 FRESH_SECONDS = 120.0  # after that no row is added for a file: a process that was stopped may have lost it to a sweep
 PDF = "application/pdf"
 DOCX = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
