@@ -45,7 +45,7 @@ import unicodedata
 import uuid
 import zipfile
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from datetime import datetime, timezone
@@ -695,7 +695,8 @@ async def read_fields(request: Request, model: type[Model]) -> Model:
 SMALL_BODY = 65536  # bytes: also what a multipart body may have around its file
 HELD_BY_ALL, HELD_BY_ONE = 12 * 2**20, 2**20  # bytes of their files that uploads hold before they write them
 PIECE = 256  # bytes that a piece counts for at least: a tiny one is a Python object too
-SMALL_FILE = 2**21  # bytes, up to which the intake thread writes the whole file
+SMALL_FILE = 2**18  # bytes, up to which the intake thread writes the whole file
+SIDE_BY_SIDE = 4  # threads that wait for the disk for one batch
 FRESH_SECONDS = 120.0  # after that no row is added for a file: a process that was stopped may have lost it to a sweep
 PDF = "application/pdf"
 DOCX = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
@@ -838,7 +839,7 @@ class Upload:
     @property
     def takes_long(self) -> bool:
         """Whether `finish` may take so long that the others of a batch should not wait for it."""
-        return self.size > SMALL_FILE or self.media_type == DOCX
+        return self.size > 2 * HELD_BY_ONE or self.media_type == DOCX
 
     def flush(self) -> None:
         with self._one_at_a_time:
@@ -853,18 +854,22 @@ class Upload:
             self._hold(-self._held)
             self._flushed = time.monotonic()
 
+    def flush_small(self) -> None:
+        """Of a larger file hashing and writing are long enough to be done side by side too: by `sync`."""
+        if self.size <= SMALL_FILE:
+            self.flush()
+
     def sync(self) -> None:
-        """After a `flush`."""
         with self._one_at_a_time:
-            if self._discarded or self._writer is None:
-                raise ClientDisconnect
+            self.flush()
+            assert self._writer is not None
             self._writer.sync()
 
     def finish(self) -> None:
         """After the return the next `Storage.sync` makes the file durable. Problem: it is no DOCX."""
         with self._one_at_a_time:
             try:
-                self.flush()
+                self.sync()
                 assert self._writer is not None
                 self._writer.commit()
             finally:
@@ -904,8 +909,8 @@ Waiting = tuple[Upload, "asyncio.Future[Document]"]
 class Intake:
     """Makes uploads durable, together those that wait together: one sync of the storage, one transaction and one word
     to the event loop for all of them. One thread does it, since threads that each do a little cost more in passing on
-    Python's lock than they save; only to wait for the disk side by side it has the file pool. What `takes_long` was
-    finished there before."""
+    Python's lock than they save; a few of the file pool help it only where Python's lock is free for long: to wait for
+    the disk, and to write larger files. What `takes_long` was finished there before."""
 
     def __init__(self, db: Database, storage: Storage, files: ThreadPoolExecutor) -> None:
         self._db, self._storage, self._files = db, storage, files
@@ -941,8 +946,12 @@ class Intake:
     def _store(self, batch: list[Waiting]) -> None:
         """Each exception is raised again by the future, where the request waits."""
         try:
-            going_on = self._each(Upload.flush, [waiting for waiting in batch if not waiting[0].finished])
-            going_on = self._each(Upload.sync, going_on, self._files.map if len(going_on) > 1 else map)
+            going_on = self._each(Upload.flush_small, [waiting for waiting in batch if not waiting[0].finished])
+            others = [self._files.submit(self._each, Upload.sync, going_on[start::SIDE_BY_SIDE])
+                      for start in range(1, min(SIDE_BY_SIDE, len(going_on)))]
+            going_on = self._each(Upload.sync, going_on[::SIDE_BY_SIDE])
+            for other in others:
+                going_on += other.result()
             self._each(Upload.finish, going_on)
             finished = [waiting for waiting in batch if waiting[0].finished]
             if not finished:
@@ -960,20 +969,18 @@ class Intake:
         else:  # meanwhile this thread goes on to the next files
             rows.add_done_callback(lambda done: self._tell(finished, done.exception() or done.result()))
 
-    def _each(self, step: Callable[[Upload], None], batch: list[Waiting],
-              mapped: Callable[..., Iterable[bool]] = map) -> list[Waiting]:
+    def _each(self, step: Callable[[Upload], None], batch: list[Waiting]) -> list[Waiting]:
         """Those of the batch that took this step. Who waits for the others has been told, or has given up."""
-        def take(waiting: Waiting) -> bool:
-            upload, stored = waiting
-            try:
-                if not stored.cancelled():
-                    step(upload)
-                    return True
-            except BaseException as failure:
-                self._tell([waiting], failure)
-            return False
+        return [waiting for waiting in batch if self._take(step, *waiting)]
 
-        return list(itertools.compress(batch, list(mapped(take, batch))))
+    def _take(self, step: Callable[[Upload], None], upload: Upload, stored: "asyncio.Future[Document]") -> bool:
+        try:
+            if not stored.cancelled():
+                step(upload)
+                return True
+        except BaseException as failure:
+            self._tell([(upload, stored)], failure)
+        return False
 
     @staticmethod
     def _tell(batch: Sequence[Waiting], outcome: BaseException | Sequence[Document | BaseException | None]) -> None:
