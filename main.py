@@ -22,6 +22,7 @@ import contextlib
 import copy
 import errno
 import functools
+import gc
 import getpass
 import hashlib
 import itertools
@@ -1705,6 +1706,8 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
         tasks = [asyncio.create_task(service.watch.run()), asyncio.create_task(sweep(service))]
         if server := uvicorn_server():
             tasks.append(asyncio.create_task(set_no_delay(server)))
+            gc.collect()
+            gc.freeze()  # the process is ours: no collection has to look through the modules again
         with exit_signals(server, service):
             yield {"service": service}
             for task in tasks:
