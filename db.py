@@ -182,13 +182,13 @@ class _ProcessLock:
         self._file.close()
 
 
-def batches(queue: SimpleQueue[T | None]) -> Iterator[list[T]]:
-    """What waits in the queue, up to 500 together, until a None comes."""
+def batches(queue: SimpleQueue[T | None], at_most: int) -> Iterator[list[T]]:
+    """What waits in the queue, so many together, until a None comes."""
     taken: list[T | None] = []
     while None not in taken:
         taken = [queue.get()]
         with contextlib.suppress(Empty):
-            while len(taken) < 500:
+            while len(taken) < at_most:
                 taken.append(queue.get_nowait())
         yield [item for item in taken if item is not None]
 
@@ -219,7 +219,8 @@ class Database:
             opened.pop_all()
         self._r.execute("PRAGMA query_only = ON")
         self._session = functools.lru_cache(maxsize=1024)(self._read_session)
-        self._sessions_at = self.version()
+        self._document = functools.lru_cache(maxsize=1024)(self._read_document)
+        self._read_at = self.version()
         self._thread = threading.Thread(target=self._write_forever, name="database-writer", daemon=True)
         self._thread.start()
 
@@ -261,7 +262,7 @@ class Database:
         return future
 
     def _write_forever(self) -> None:
-        for batch in batches(self._tasks):
+        for batch in batches(self._tasks, 500):
             self._commit([task for task in batch if task[0].set_running_or_notify_cancel()])
 
     def _commit(self, batch: Sequence[Task]) -> None:
@@ -311,12 +312,17 @@ class Database:
         return User(*row) if row else None
 
     def session_user(self, session_id: str) -> User | None:
-        """Whose session this is, or None when it has ended. What was read stays true until something is committed."""
-        if (version := self.version()) != self._sessions_at:
-            self._session.cache_clear()
-            self._sessions_at = version
+        """Whose session this is, or None when it has ended."""
+        self._forget_old()
         user, expires_at = self._session(session_id)
         return user if expires_at > time.time() else None
+
+    def _forget_old(self) -> None:
+        """What was read stays true until something is committed, by any process."""
+        if (version := self.version()) != self._read_at:
+            self._session.cache_clear()
+            self._document.cache_clear()
+            self._read_at = version
 
     def _read_session(self, session_id: str) -> tuple[User | None, float]:
         row = self._r.execute(
@@ -440,6 +446,10 @@ class Database:
         return known if known.sha256 == new.sha256 else KeyReused()
 
     def document(self, document_id: str, owner_id: str) -> Document | None:
+        self._forget_old()
+        return self._document(document_id, owner_id)
+
+    def _read_document(self, document_id: str, owner_id: str) -> Document | None:
         row = self._r.execute(
             f"SELECT {COLUMNS} FROM documents WHERE document_id = ? AND owner_id = ?",
             (document_id, owner_id)).fetchone()

@@ -519,7 +519,7 @@ class Service:
         self.db = Database(database)
         self.passwords = ThreadPoolExecutor(2, "password")  # so that scrypt takes its memory twice at most
         self.files = ThreadPoolExecutor(8, "file")  # enough for parallel fsyncs, too few to fight over the GIL
-        self.intake = Intake(self.db, self.storage, self.files)
+        self.intake = Intake(self.db, self.storage)
         self.worker = Worker(self.db, self.storage, pipeline or functools.partial(
             simulated_pipeline, seconds=settings.process_seconds), settings)
         self.watch = Watch(self.db)
@@ -697,7 +697,7 @@ SMALL_BODY = 65536  # bytes: also what a multipart body may have around its file
 HELD_BY_ALL, HELD_BY_ONE = 12 * 2**20, 2**20  # bytes of their files that uploads hold before they write them
 PIECE = 256  # bytes that a piece counts for at least: a tiny one is a Python object too
 SMALL_FILE = 2**18  # bytes, up to which the intake thread writes the whole file
-SIDE_BY_SIDE = 4  # threads that wait for the disk for one batch
+AT_ONCE, SIDE_BY_SIDE = 64, 4  # uploads of a batch, which are open together; threads that wait for the disk for it
 FRESH_SECONDS = 120.0  # after that no row is added for a file: a process that was stopped may have lost it to a sweep
 PDF = "application/pdf"
 DOCX = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
@@ -856,21 +856,15 @@ class Upload:
             self._flushed = time.monotonic()
 
     def flush_small(self) -> None:
-        """Of a larger file hashing and writing are long enough to be done side by side too: by `sync`."""
+        """Of a larger file hashing and writing are long enough to be done side by side: by `finish`."""
         if self.size <= SMALL_FILE:
             self.flush()
-
-    def sync(self) -> None:
-        with self._one_at_a_time:
-            self.flush()
-            assert self._writer is not None
-            self._writer.sync()
 
     def finish(self) -> None:
         """After the return the next `Storage.sync` makes the file durable. Problem: it is no DOCX."""
         with self._one_at_a_time:
             try:
-                self.sync()
+                self.flush()
                 assert self._writer is not None
                 self._writer.commit()
             finally:
@@ -910,11 +904,12 @@ Waiting = tuple[Upload, "asyncio.Future[Document]"]
 class Intake:
     """Makes uploads durable, together those that wait together: one sync of the storage, one transaction and one word
     to the event loop for all of them. One thread does it, since threads that each do a little cost more in passing on
-    Python's lock than they save; a few of the file pool help it only where Python's lock is free for long: to wait for
-    the disk, and to write larger files. What `takes_long` was finished there before."""
+    Python's lock than they save; a few help it where Python's lock is free for long: to wait for the disk, and to write
+    larger files. What `takes_long` the file pool has finished before."""
 
-    def __init__(self, db: Database, storage: Storage, files: ThreadPoolExecutor) -> None:
-        self._db, self._storage, self._files = db, storage, files
+    def __init__(self, db: Database, storage: Storage) -> None:
+        self._db, self._storage = db, storage
+        self._helpers = ThreadPoolExecutor(SIDE_BY_SIDE - 1, "intake")  # its own: no large file is before a small one
         self._waiting: SimpleQueue[Waiting | None] = SimpleQueue()  # None: the last one
         threading.Thread(target=self._run, name="intake", daemon=True).start()
 
@@ -935,9 +930,10 @@ class Intake:
 
     def close(self) -> None:
         self._waiting.put(None)
+        self._helpers.shutdown(wait=False, cancel_futures=True)
 
     def _run(self) -> None:
-        for batch in batches(self._waiting):
+        for batch in batches(self._waiting, AT_ONCE):
             for upload, stored in batch:
                 if stored.cancelled() and upload.finished:
                     remove_file(self._storage, upload.document_id)
@@ -948,12 +944,11 @@ class Intake:
         """Each exception is raised again by the future, where the request waits."""
         try:
             going_on = self._each(Upload.flush_small, [waiting for waiting in batch if not waiting[0].finished])
-            others = [self._files.submit(self._each, Upload.sync, going_on[start::SIDE_BY_SIDE])
+            others = [self._helpers.submit(self._each, Upload.finish, going_on[start::SIDE_BY_SIDE])
                       for start in range(1, min(SIDE_BY_SIDE, len(going_on)))]
-            going_on = self._each(Upload.sync, going_on[::SIDE_BY_SIDE])
+            self._each(Upload.finish, going_on[::SIDE_BY_SIDE])
             for other in others:
-                going_on += other.result()
-            self._each(Upload.finish, going_on)
+                other.result()
             finished = [waiting for waiting in batch if waiting[0].finished]
             if not finished:
                 return

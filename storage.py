@@ -22,9 +22,6 @@ class Writer(Protocol):
     def write(self, data: bytes) -> None:
         """Appends. OSError with ENOSPC when the store is full."""
 
-    def sync(self) -> None:
-        """Does beforehand what `commit` waits longest for, so that several objects can have it done side by side."""
-
     def commit(self) -> None:
         """Publishes the object under its key, whole. After the next `Storage.sync` it survives a power loss."""
 
@@ -102,22 +99,16 @@ class LocalStorage:
 
 class LocalWriter:
     def __init__(self, path: Path) -> None:
-        self._path, self._part, self._synced, self._committed = path, path.with_suffix(".part"), False, False
+        self._path, self._part, self._committed = path, path.with_suffix(".part"), False
         self._descriptor = os.open(self._part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | O_BINARY, 0o600)
 
     def write(self, data: bytes) -> None:
-        self._synced = False
         written = os.write(self._descriptor, data)
         while written < len(data):
             written += os.write(self._descriptor, data[written:])
 
-    def sync(self) -> None:
-        if not self._synced:
-            os.fsync(self._descriptor)
-            self._synced = True
-
     def commit(self) -> None:
-        self.sync()
+        os.fsync(self._descriptor)
         self._close()
         os.replace(self._part, self._path)
         self._committed = True

@@ -941,9 +941,6 @@ class MemoryWriter:
     def write(self, data: bytes) -> None:
         self._content += data
 
-    def sync(self) -> None:
-        pass
-
     def commit(self) -> None:
         self._storage.objects[self._key] = self._content, time.time()
 
@@ -1962,9 +1959,6 @@ class StepWriter:
     def write(self, data: bytes) -> None:
         self._tell("write")
         self._writer.write(data)
-
-    def sync(self) -> None:
-        self._writer.sync()
 
     def commit(self) -> None:
         self._writer.commit()
