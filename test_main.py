@@ -2238,6 +2238,34 @@ def test_uploads_that_wait_together_wait_for_the_disk_side_by_side(
     assert [answer.status_code for answer in answers] == [201] * 10
 
 
+def test_small_uploads_do_not_wait_for_large_ones(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    go, together, end = threading.Event(), threading.Event(), main.Upload.end
+    stuck_at, arrived = list[str](), list[None]()
+
+    def tell(step: str) -> None:
+        if step == "fsync file" and threading.current_thread().name.startswith("file"):
+            stuck_at.append(step)
+            assert go.wait(30)
+        elif step == "fsync folder":
+            assert together.wait(30)
+
+    def arrive(incoming: main.Upload) -> None:
+        end(incoming)
+        arrived.append(None)
+
+    monkeypatch.setattr(main.Upload, "end", arrive)
+    with steps.running() as client, ThreadPoolExecutor(14) as pool:
+        steps.tell = tell
+        large = [pool.submit(upload, client, docx(), "a.docx") for _ in range(8)]  # all of the file pool
+        until(lambda: len(stuck_at) == 8)
+        small = [pool.submit(upload, client) for _ in range(6)]
+        until(lambda: len(arrived) == 14)
+        together.set()
+        assert {answer.result(20).status_code for answer in small} == {201}
+        go.set()
+        assert {answer.result().status_code for answer in large} == {201}
+
+
 def test_a_crash_at_any_step_loses_nothing_that_was_answered(steps: Steps, tmp_path: Path) -> None:
     """A copy made in the middle of a step is what the start after a crash there finds."""
     data, answers, crashes = steps.settings.data_dir, dict[str, int](), dict[str, dict[str, int]]()
