@@ -218,9 +218,8 @@ class Database:
             self._r = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
             opened.pop_all()
         self._r.execute("PRAGMA query_only = ON")
-        self._session = functools.lru_cache(maxsize=1024)(self._read_session)
-        self._document = functools.lru_cache(maxsize=1024)(self._read_document)
-        self._read_at = self.version()
+        self._rows = functools.lru_cache(maxsize=1024)(lambda sql, values: self._r.execute(sql, values).fetchone())
+        self._rows_at = self.version()
         self._thread = threading.Thread(target=self._write_forever, name="database-writer", daemon=True)
         self._thread.start()
 
@@ -313,22 +312,18 @@ class Database:
 
     def session_user(self, session_id: str) -> User | None:
         """Whose session this is, or None when it has ended."""
-        self._forget_old()
-        user, expires_at = self._session(session_id)
-        return user if expires_at > time.time() else None
-
-    def _forget_old(self) -> None:
-        """What was read stays true until something is committed, by any process."""
-        if (version := self.version()) != self._read_at:
-            self._session.cache_clear()
-            self._document.cache_clear()
-            self._read_at = version
-
-    def _read_session(self, session_id: str) -> tuple[User | None, float]:
-        row = self._r.execute(
+        row = self._row(
             "SELECT user_id, username, password_hash, expires_at FROM sessions JOIN users USING (user_id)"
-            " WHERE session_id = ?", (session_id,)).fetchone()
-        return (User(*row[:3]), row[3]) if row else (None, 0.0)
+            " WHERE session_id = ?", session_id)
+        return User(*row[:3]) if row and row[3] > time.time() else None
+
+    def _row(self, sql: str, *values: str) -> tuple[Any, ...] | None:
+        """The row, or None. What was read stays true until something is committed, by any process."""
+        if (version := self.version()) != self._rows_at:
+            self._rows.cache_clear()
+            self._rows_at = version
+        row: tuple[Any, ...] | None = self._rows(sql, values)
+        return row
 
     def has_users(self) -> bool:
         return self._r.execute("SELECT 1 FROM users LIMIT 1").fetchone() is not None
@@ -446,13 +441,8 @@ class Database:
         return known if known.sha256 == new.sha256 else KeyReused()
 
     def document(self, document_id: str, owner_id: str) -> Document | None:
-        self._forget_old()
-        return self._document(document_id, owner_id)
-
-    def _read_document(self, document_id: str, owner_id: str) -> Document | None:
-        row = self._r.execute(
-            f"SELECT {COLUMNS} FROM documents WHERE document_id = ? AND owner_id = ?",
-            (document_id, owner_id)).fetchone()
+        row = self._row(
+            f"SELECT {COLUMNS} FROM documents WHERE document_id = ? AND owner_id = ?", document_id, owner_id)
         return Document(*row) if row else None
 
     def documents(self, owner_id: str, limit: int, status: Status | None,

@@ -2140,6 +2140,17 @@ def test_uploads_that_wait_together_share_a_sync_and_a_commit(steps: Steps, monk
     assert "rename" not in seen[syncs[-1]:] and "commit row" in seen[syncs[-1]:]
 
 
+def test_few_of_the_uploads_that_wait_have_their_files_open_together(
+        steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "AT_ONCE", 4)
+    seen: list[str] = []
+    answers = upload_together(steps, monkeypatch, seen.append, [{}] * 20)
+    assert [answer.status_code for answer in answers] == [201] * 20
+    assert seen.count("create") == 20
+    batches = " ".join(seen).split("fsync folder")
+    assert max(batch.count("create") for batch in batches) <= 4
+
+
 def test_a_failed_commit_is_told_to_all_that_share_it(
         steps: Steps, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     faults = [OSError(errno.ENOSPC, "full")]
