@@ -3,15 +3,16 @@
 This module knows neither HTTP nor SQL: whether a session still stands is the database's knowledge.
 """
 import base64
+import contextlib
 import functools
 import hashlib
 import hmac
+import ipaddress
 import re
 import secrets
 import time
 import unicodedata
 from dataclasses import dataclass
-from typing import Any
 
 import jwt
 
@@ -22,67 +23,75 @@ ISSUER = "document-lifecycle-api"
 # OWASP's equal-strength scrypt settings; this one takes 16 MiB. Stored in each hash, so they can grow later.
 SCRYPT_N, SCRYPT_R, SCRYPT_P = 2**14, 8, 5
 
-_COMPACT_JWS = re.compile(r"[\w-]{1,512}\.[\w-]{1,4096}\.[\w-]{1,512}", re.ASCII)
+COMPACT_JWS = re.compile(r"[\w-]{1,512}\.[\w-]{1,4096}\.[\w-]{1,512}", re.ASCII)
 
 
 class InvalidToken(Exception):
-    """The token is not one of ours, not of this kind, or not valid now."""
+    """The token is not one of ours, not of this kind, or has expired."""
 
 
 @dataclass(frozen=True)
 class Claims:
-    user_id: str
-    session_id: str
+    """The claims of a token that differ from token to token; times in whole seconds since the epoch."""
+
+    sub: str  # the user's id
+    sid: str  # the session's id
     jti: str
+    iat: int
+    exp: int
 
 
 class TokenSigner:
-    """Issues and verifies JWTs (RFC 7519), HS256 only, with every claim required and `typ` checked (RFC 8725)."""
+    """Issues and verifies JWTs (RFC 7519): HS256 only, every claim required, `typ` checked (RFC 8725)."""
 
     def __init__(self, secret: bytes) -> None:
         """`secret` has at least 32 bytes, else ValueError (RFC 7518, 3.2)."""
         if len(secret) < 32:
             raise ValueError("the signing key needs at least 32 bytes")
         self._secret = secret
-        self._jwt = jwt.PyJWT({
-            "require": ["iss", "aud", "sub", "iat", "exp", "jti", "sid"], "strict_aud": True, "verify_exp": False})
-        # A good signature stays good: after the first time only the end of a token is looked at.
-        self._decode = functools.lru_cache(maxsize=1024)(self._decode_new)
+        # PyJWT checks signature, issuer and audience here. `exp` is checked at each use, since what is verified is
+        # cached; `iat` and `nbf` in the future are no reason to refuse (the clock may have been set back).
+        self._jwt = jwt.PyJWT({"strict_aud": True, "verify_exp": False, "verify_iat": False, "verify_nbf": False})
+        self._verified = functools.lru_cache(maxsize=1024)(self._verify)  # a good signature stays good
 
-    def issue(self, kind: str, claims: Claims, expires_at: float) -> str:
-        """A signed token of kind ACCESS or REFRESH; `expires_at` in seconds since the epoch."""
-        payload = {
-            "iss": ISSUER, "aud": ISSUER, "sub": claims.user_id, "sid": claims.session_id, "jti": claims.jti,
-            "iat": int(time.time()), "exp": int(expires_at),
-        }
+    def issue(self, kind: str, claims: Claims) -> str:
+        """A token of kind ACCESS or REFRESH: for the same claims always the same."""
+        payload = {"iss": ISSUER, "aud": ISSUER, **vars(claims)}
         return self._jwt.encode(payload, self._secret, "HS256", {"typ": kind})
 
     def verify(self, kind: str, token: str, *, allow_expired: bool = False) -> Claims:
         """The claims of a token of this kind, else InvalidToken. Whether its session stands is not looked at."""
-        claims, expires_at = self._decode(kind, token)
-        if expires_at <= time.time() and not allow_expired:
+        claims = self._verified(kind, token)
+        if claims.exp <= time.time() and not allow_expired:
             raise InvalidToken("expired")
         return claims
 
-    def _decode_new(self, kind: str, token: str) -> tuple[Claims, float]:
-        if not _COMPACT_JWS.fullmatch(token):  # PyJWT also takes padded and very long ones
+    def name_hash(self, name: str) -> str:
+        """A keyed hash, for names that may be a password typed into the wrong field."""
+        return hmac.digest(self._secret, b"name:" + name.encode(errors="surrogatepass"), "sha256").hex()
+
+    def _verify(self, kind: str, token: str) -> Claims:
+        if not COMPACT_JWS.fullmatch(token):  # PyJWT also takes padded and very long ones
             raise InvalidToken("not a compact JWS")
         try:
-            decoded: dict[str, Any] = self._jwt.decode_complete(
-                token, self._secret, ["HS256"], audience=ISSUER, issuer=ISSUER)
-            payload = decoded["payload"]
-            # The exact header that we write: no other typ, and no kid, jku or crit to be talked into.
-            if decoded["header"] != {"alg": "HS256", "typ": kind}:
-                raise InvalidToken("wrong header")
-            return Claims(payload["sub"], payload["sid"], payload["jti"]), float(payload["exp"])
+            decoded = self._jwt.decode_complete(token, self._secret, ["HS256"], audience=ISSUER, issuer=ISSUER)
+            payload = {name: value for name, value in decoded["payload"].items() if name not in ("iss", "aud")}
+            claims = Claims(**payload)
+            (claims.sub + claims.sid + claims.jti).encode()  # a lone surrogate fits no database
         except (jwt.InvalidTokenError, ValueError, TypeError) as error:
             raise InvalidToken(type(error).__name__) from error
+        # The exact header and types that we write: no other `typ`; no `kid`, `jku` or `crit`; no NaN for a time.
+        if decoded["header"] != {"alg": "HS256", "typ": kind}:
+            raise InvalidToken("wrong header")
+        if [type(value) for value in vars(claims).values()] != [str, str, str, int, int]:
+            raise InvalidToken("wrong type of a claim")
+        return claims
 
 
 def hash_password(password: str) -> str:
     """`scrypt$n$r$p$salt$key`, salt and key in base64. Takes about 0.15 s and 16 MiB: not for an event loop."""
     salt = secrets.token_bytes(16)
-    key = _scrypt(password, salt, SCRYPT_N, SCRYPT_R, SCRYPT_P)
+    key = scrypt(password, salt, SCRYPT_N, SCRYPT_R, SCRYPT_P)
     encoded = "$".join(base64.b64encode(part).decode() for part in (salt, key))
     return f"scrypt${SCRYPT_N}${SCRYPT_R}${SCRYPT_P}${encoded}"
 
@@ -91,11 +100,20 @@ def verify_password(password: str, password_hash: str | None) -> bool:
     """Whether the password has this hash. None, for an unknown user, costs the same and is False."""
     unknown_user = f"scrypt${SCRYPT_N}${SCRYPT_R}${SCRYPT_P}${'A' * 22}==${'A' * 43}="
     _, n, r, p, salt, key = (password_hash or unknown_user).split("$")
-    found = _scrypt(password, base64.b64decode(salt), int(n), int(r), int(p))
+    found = scrypt(password, base64.b64decode(salt), int(n), int(r), int(p))
     return hmac.compare_digest(found, base64.b64decode(key)) and password_hash is not None
 
 
-def _scrypt(password: str, salt: bytes, n: int, r: int, p: int) -> bytes:
+def scrypt(password: str, salt: bytes, n: int, r: int, p: int) -> bytes:
     # NFKC (NIST SP 800-63B): the same password typed on another keyboard has the same bytes.
     secret = unicodedata.normalize("NFKC", password).encode(errors="surrogatepass")
     return hashlib.scrypt(secret, salt=salt, n=n, r=r, p=p, dklen=32, maxmem=256 * n * r)
+
+
+def throttle_key(host: str) -> str:
+    """For whom failed logins count: the IPv4 address, or the /64 of an IPv6 address, which is what a subscriber has."""
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(host)
+        if isinstance(address, ipaddress.IPv6Address):
+            return str(address.ipv4_mapped or ipaddress.ip_network((int(address), 64), strict=False))
+    return host

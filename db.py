@@ -1,25 +1,26 @@
 """Every line of SQL: users and sessions, the life of a document, and the queue, which is the documents table itself.
 
-One thread owns the one connection that writes, and commits what waits in one transaction (group commit): the more
-writers wait, the fewer fsyncs each pays for. Methods marked `@write` run there and return a Future; the others read
-on their caller's thread, always the same one. Readers never wait for writers (WAL).
+One thread, the committer, owns the one connection that writes, and commits what waits in one transaction (group
+commit): the more writes wait, the fewer fsyncs each pays for. Methods marked `@write` run there and return a Future;
+the others read on the thread of their caller, which is always the event loop's. Readers never wait for writers (WAL).
 """
 import contextlib
+import copy
 import functools
 import json
-import mmap
+import os
 import sqlite3
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, fields
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from enum import StrEnum
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from typing import Any, BinaryIO, Concatenate, ParamSpec, TypeVar
+from queue import SimpleQueue
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 try:
     import fcntl
@@ -28,15 +29,11 @@ except ImportError:  # Windows: one process at a time
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Task = tuple[Future[Any], Callable[[], Any]]
+private = functools.partial(os.open, mode=0o600)  # an `opener` of files that only their owner may read
 
-SCHEMA_VERSION = 1
-SCHEMA = """
-CREATE TABLE users (
-    user_id TEXT PRIMARY KEY,
-    username TEXT NOT NULL UNIQUE,
-    password_hash TEXT NOT NULL
-) STRICT;
+# PRAGMA user_version is the number of these that have run.
+MIGRATIONS = ("""
+CREATE TABLE users (user_id TEXT PRIMARY KEY, username TEXT NOT NULL UNIQUE, password_hash TEXT NOT NULL) STRICT;
 CREATE TABLE sessions (
     session_id TEXT PRIMARY KEY,
     user_id TEXT NOT NULL REFERENCES users ON DELETE CASCADE,
@@ -50,24 +47,19 @@ CREATE INDEX login_failures_at ON login_failures (failed_at);
 CREATE TABLE documents (
     document_id TEXT PRIMARY KEY,
     owner_id TEXT NOT NULL REFERENCES users ON DELETE CASCADE,
-    filename TEXT NOT NULL,
-    media_type TEXT NOT NULL,
-    size INTEGER NOT NULL,
-    sha256 TEXT NOT NULL,
+    filename TEXT NOT NULL, media_type TEXT NOT NULL,
+    size INTEGER NOT NULL, sha256 TEXT NOT NULL,
     idempotency_key TEXT,
     status TEXT NOT NULL DEFAULT 'UPLOADED' CHECK (status IN ('UPLOADED', 'PROCESSING', 'COMPLETED', 'FAILED')),
-    created_at TEXT NOT NULL,
-    updated_at TEXT NOT NULL,
+    created_at TEXT NOT NULL, updated_at TEXT NOT NULL,
     -- The latest `process` request, and the run that works for it.
-    request_id TEXT,
-    queued_at TEXT,
+    request_id TEXT, queued_at TEXT,
     run_id TEXT,     -- new for each claim; NULL: waits for a worker
     beat_at REAL,    -- last sign of life of the run
     attempts INTEGER NOT NULL DEFAULT 0,
     progress INTEGER NOT NULL DEFAULT 0,
     message TEXT NOT NULL DEFAULT '',
-    started_at TEXT,
-    finished_at TEXT,
+    started_at TEXT, finished_at TEXT,
     error TEXT       -- JSON: code, message, retryable
 ) STRICT;
 CREATE UNIQUE INDEX documents_by_key ON documents (owner_id, idempotency_key) WHERE idempotency_key IS NOT NULL;
@@ -78,18 +70,37 @@ CREATE TABLE results (
     document_id TEXT PRIMARY KEY REFERENCES documents ON DELETE CASCADE,
     result TEXT NOT NULL
 ) STRICT;
-"""
-
+""", """
+ALTER TABLE sessions ADD COLUMN previous_jti TEXT;  -- the refresh token before, which may be used again for a moment
+ALTER TABLE sessions ADD COLUMN rotated_at REAL NOT NULL DEFAULT 0;  -- when the one that is good now was issued
+DELETE FROM login_failures;
+ALTER TABLE login_failures RENAME COLUMN username TO name_hash;
+DROP INDEX documents_in_work;
+CREATE INDEX documents_waiting ON documents (owner_id, queued_at) WHERE status = 'PROCESSING' AND run_id IS NULL;
+CREATE INDEX documents_running ON documents (owner_id, beat_at) WHERE status = 'PROCESSING' AND run_id IS NOT NULL;
+CREATE TABLE deleted_files (document_id TEXT PRIMARY KEY) STRICT;  -- to be removed from the storage
+CREATE TRIGGER document_deleted AFTER DELETE ON documents BEGIN
+    INSERT OR IGNORE INTO deleted_files VALUES (old.document_id);
+END;
+""")
 
 FAILURE_LIMIT, FAILURE_WINDOW = 5, 15 * 60.0  # failed logins, seconds
+REFRESH_GRACE = 10.0  # seconds in which a refresh token may be used again
+MAX_SESSIONS = 50  # of one user
+INTERRUPTED = {"code": "interrupted", "message": "The worker died while it ran, each time.", "retryable": True}
+MAX_BATCH, SIDE_BY_SIDE = 500, 4  # writes in a transaction; threads that prepare them
 
 
 class UnusableDatabase(Exception):
-    """The file is no database, or of a later version of this program."""
+    """The file is not a database of this program, or of a later version, or was lost."""
+
+
+class InDoubt(sqlite3.Error):
+    """The commit failed in a way that a restart may yet find done."""
 
 
 class Refused(Exception):
-    """What was asked for can't be; nothing was written."""
+    """The write was refused; nothing was written."""
 
 
 class KeyReused(Refused):
@@ -97,15 +108,19 @@ class KeyReused(Refused):
 
 
 class QueueFull(Refused):
-    """Too many documents wait for a worker."""
+    """Too many documents of this owner wait for a worker."""
 
 
 class OwnerGone(Refused):
     """The user was removed."""
 
 
+class Throttled(Refused):
+    """Too many logins failed; `args[0]` is the number of seconds after which the next one is looked at."""
+
+
 class RunLost(Refused):
-    """The run is no longer the document's: deleted, taken over or handed back. It can write nothing any more."""
+    """The document no longer belongs to this run: it was deleted or taken over. The run can write nothing any more."""
 
 
 class Status(StrEnum):
@@ -120,6 +135,16 @@ class User:
     user_id: str
     username: str
     password_hash: str
+
+
+@dataclass(frozen=True)
+class Session:
+    session_id: str
+    user_id: str
+    username: str
+    refresh_jti: str  # of the refresh token that is good now; empty: a token was used twice, and the session has ended
+    rotated_at: float  # when that token was issued
+    expires_at: float
 
 
 @dataclass(frozen=True)
@@ -143,7 +168,7 @@ class Document:
     idempotency_key: str | None = None
 
 
-COLUMNS = ", ".join(field.name for field in fields(Document))
+COLUMNS = ", ".join(column.name for column in fields(Document))
 
 
 def utc_text(moment: datetime) -> str:
@@ -155,153 +180,167 @@ def utc_now() -> str:
     return utc_text(datetime.now(timezone.utc))
 
 
-class _ProcessLock:
-    """`flock` on a file: one process at a time, the others wait in the kernel.
+@dataclass(eq=False)
+class Write:
+    """A write on its way to the disk. Whoever gives up waiting cancels `future`; then `operation` is not run."""
 
-    SQLite's own lock would make them sleep and retry. And no two connections may write or checkpoint at the same
-    moment before SQLite 3.51.3 (the WAL-reset bug, sqlite.org/wal.html).
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._file: BinaryIO = path.open("a+b")
-        if self._file.tell() < 8:
-            self._file.write(bytes(8))
-            self._file.flush()
-        # A number in memory that all processes share; who holds the lock may change it.
-        self.commits = memoryview(mmap.mmap(self._file.fileno(), 8)).cast("Q")
-
-    def __enter__(self) -> None:
-        if fcntl:
-            fcntl.flock(self._file, fcntl.LOCK_EX)
-
-    def __exit__(self, *_: object) -> None:
-        if fcntl:
-            fcntl.flock(self._file, fcntl.LOCK_UN)
-
-    def close(self) -> None:
-        self._file.close()
+    operation: Callable[..., Any]
+    prepare: Callable[[], Any] | None = None  # puts on disk what the row needs; `operation` gets its result
+    withdraw: Callable[[], None] | None = None  # runs in the transaction instead of a cancelled operation
+    prepared: tuple[Any, ...] = ()
+    future: Future[Any] = field(default_factory=Future)
+    result: Any = None
+    error: BaseException | None = None
 
 
-def batches(queue: SimpleQueue[T | None], at_most: int) -> Iterator[list[T]]:
-    """What waits in the queue, so many together, until a None comes."""
-    taken: list[T | None] = []
-    while None not in taken:
-        taken = [queue.get()]
-        with contextlib.suppress(Empty):
-            while len(taken) < at_most:
-                taken.append(queue.get_nowait())
-        yield [item for item in taken if item is not None]
+def settle(batch: Sequence[Write]) -> None:
+    for each in batch:
+        if each.error and not each.future.done():
+            each.future.set_exception(each.error)
+        elif not each.future.done():
+            each.future.set_result(each.result)
+
+
+def fail_all(batch: Sequence[Write], error: BaseException) -> None:
+    for each in batch:
+        each.error = each.error or copy.copy(error)  # a raise adds to the traceback
 
 
 def write(method: Callable[Concatenate["Database", P], T]) -> Callable[Concatenate["Database", P], Future[T]]:
-    """Runs the method on the writer's thread, all or nothing; its Future is done once the commit is on disk."""
+    """Runs the method in a transaction of the committer; its Future is done once the commit is on disk."""
     def submit(self: "Database", /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        return self._submit(functools.partial(method, self, *args, **kwargs))
+        return self.submit(Write(functools.partial(method, self, *args, **kwargs)))
     functools.update_wrapper(submit, method)
     return submit
 
 
 class Database:
-    def __init__(self, path: Path) -> None:
-        """Opens or creates the file. UnusableDatabase when it is not ours to use; sqlite3.Error when it can't be."""
+    def __init__(self, path: Path, sync: Callable[[], None], keys: Callable[[], Iterator[str]]) -> None:
+        """Opens or creates the file. `sync` makes durable what the prepares of a batch published, before its commit;
+        `keys` are those of the stored files. UnusableDatabase; sqlite3.Error or OSError when it can't be opened."""
         if sqlite3.sqlite_version_info < (3, 37):
             raise UnusableDatabase(f"SQLite 3.37 or newer is needed, this Python has {sqlite3.sqlite_version}")
-        self._lock = _ProcessLock(path.with_name(path.name + ".lock"))
-        self._tasks: SimpleQueue[Task | None] = SimpleQueue()  # None: the last one
+        # Calls its argument, which settles the futures of a batch. A server sets it to do so on its event loop.
+        self.notify: Callable[[Callable[[], None]], Any] = lambda settle: settle()
+        self._sync = sync
+        self._queue: SimpleQueue[Write] = SimpleQueue()
         self._closed = False
-        self._submitting = threading.Lock()  # nothing comes behind the None
-        with contextlib.ExitStack() as opened, self._lock:
-            opened.callback(self._lock.close)
-            self._w = opened.enter_context(contextlib.closing(sqlite3.connect(
-                path, timeout=10, isolation_level=None, check_same_thread=False)))
-            self._prepare(path)
-            self._r = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
-            opened.pop_all()
+        self._lock_file = path.with_name(path.name + ".lock")
+        open(path, "ab", opener=private).close()  # SQLite gives its other files the same mode
+        self._w, self._r = (sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
+                            for _ in range(2))
+        with self.lock():
+            self._migrate(path, keys)
         self._r.execute("PRAGMA query_only = ON")
-        self._rows = functools.lru_cache(maxsize=1024)(lambda sql, values: self._r.execute(sql, values).fetchone())
-        self._rows_at = self.version()
-        self._thread = threading.Thread(target=self._write_forever, name="database-writer", daemon=True)
-        self._thread.start()
+        self._helpers = ThreadPoolExecutor(SIDE_BY_SIDE - 1, "prepare")
+        self._committer = threading.Thread(target=self._commit_forever, name="committer", daemon=True)
+        self._committer.start()
 
-    def _prepare(self, path: Path) -> None:
-        """Makes the schema where there is none; changes nothing in a file that is not ours."""
-        try:
-            (version,) = self._w.execute("PRAGMA user_version").fetchone()
-            others = version == 0 and self._w.execute("SELECT 1 FROM sqlite_schema").fetchone()
-        except sqlite3.OperationalError:
-            raise
-        except sqlite3.DatabaseError as error:
-            raise UnusableDatabase(f"{path}: {error}") from error
-        if others:
-            raise UnusableDatabase(f"{path} belongs to another program")
-        if version > SCHEMA_VERSION:
-            raise UnusableDatabase(f"{path} has schema version {version}, this program knows {SCHEMA_VERSION}")
+    def _migrate(self, path: Path, keys: Callable[[], Iterator[str]]) -> None:
+        """Makes or changes the tables; changes nothing in a file that is not ours."""
+        (version,) = self._w.execute("PRAGMA user_version").fetchone()
+        (tables,) = self._w.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+        if version > len(MIGRATIONS) or (tables and not version):
+            raise UnusableDatabase(f"{path} belongs to another program or to a later version of this one")
+        if not tables and next(keys(), None):
+            raise UnusableDatabase(f"there are stored files, but {path} is missing or has no tables: was it lost?")
         for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "temp_store = MEMORY"):
             self._w.execute(f"PRAGMA {pragma}")
-        if version == 0:
-            self._w.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        if version < len(MIGRATIONS):
+            self._w.executescript(f"BEGIN IMMEDIATE; {''.join(MIGRATIONS[version:])}"
+                                  f" PRAGMA user_version = {len(MIGRATIONS)}; COMMIT;")
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """One process at a time, the others wait in the kernel; SQLite's own lock would make them sleep and retry. And
+        no two connections may write or checkpoint at the same moment before SQLite 3.51.3 (the WAL-reset bug)."""
+        with open(self._lock_file, "ab", opener=private) as file:  # closing it unlocks
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def close(self) -> None:
         """Finishes what was submitted. Under the lock, since closing a connection checkpoints too."""
-        with self._submitting:
-            self._closed = True
-            self._tasks.put(None)
-        self._thread.join()
-        with self._lock:
+        self._closed = True
+        self._queue.put(Write(lambda: None))  # wakes the committer
+        self._committer.join()
+        self._helpers.shutdown()
+        with self.lock():
             self._r.close()
             self._w.close()
-        self._lock.close()
 
-    def _submit(self, operation: Callable[[], T]) -> Future[T]:
-        future: Future[T] = Future()
-        with self._submitting:
-            if self._closed:
-                raise sqlite3.ProgrammingError("the database is closed")
-            self._tasks.put((future, operation))
-        return future
+    # The committer
 
-    def _write_forever(self) -> None:
-        for batch in batches(self._tasks, 500):
-            self._commit([task for task in batch if task[0].set_running_or_notify_cancel()])
+    def submit(self, new: Write) -> Future[Any]:
+        if self._closed:
+            raise sqlite3.ProgrammingError("the database is closed")
+        self._queue.put(new)
+        return new.future
 
-    def _commit(self, batch: Sequence[Task]) -> None:
-        """One transaction for all. When one of them breaks it, each gets a transaction of its own."""
-        try:
-            results = self._transaction([operation for _, operation in batch])
-        except BaseException as error:  # raised again by the Future, where the caller waits
-            if len(batch) == 1:
-                batch[0][0].set_exception(error)
-            else:
-                for task in batch:
-                    self._commit([task])
-        else:
-            for (future, _), result in zip(batch, results):
-                if isinstance(result, Refused):
-                    future.set_exception(result)
-                else:
-                    future.set_result(result)
+    def _commit_forever(self) -> None:
+        while not (self._closed and self._queue.empty()):
+            batch = [self._queue.get()]
+            while len(batch) < MAX_BATCH and not self._queue.empty():
+                batch.append(self._queue.get())
+            self._commit_batch(batch)
 
-    def _transaction(self, operations: Sequence[Callable[[], Any]]) -> list[Any]:
-        results: list[Any] = []
-        with self._lock:
+    def _commit_batch(self, batch: list[Write]) -> None:
+        """Prepares side by side, then one sync, then one transaction, then one call that settles all futures."""
+        to_prepare = [each for each in batch if each.prepare]
+        slices = [to_prepare[start::SIDE_BY_SIDE] for start in range(SIDE_BY_SIDE)]
+        others = self._helpers.map(self._prepare, filter(None, slices[1:]))
+        self._prepare(slices[0])
+        list(others)  # waits
+        if to_prepare:
             try:
+                self._sync()
+            except BaseException as error:  # and no second try: it could succeed without what the first one lost
+                fail_all(to_prepare, error)
+        self._transact([each for each in batch if each.error is None])
+        self.notify(functools.partial(settle, batch))
+
+    @staticmethod
+    def _prepare(some: Sequence[Write]) -> None:
+        for each in some:
+            try:
+                if each.prepare and not each.future.cancelled():
+                    each.prepared = (each.prepare(),)
+            except BaseException as error:  # raised again by the future, where the caller waits
+                each.error = error
+
+    def _transact(self, batch: Sequence[Write]) -> None:
+        """One transaction for all. When one of the operations breaks it, each gets a transaction of its own."""
+        committing = False
+        try:
+            with self.lock(), self._w:  # commits, or rolls back
                 self._w.execute("BEGIN IMMEDIATE")
-                for operation in operations:
-                    try:
-                        results.append(operation())
-                    except Refused as refusal:
-                        results.append(refusal)
-                self._w.execute("COMMIT")
-                return results
-            finally:
-                if self._w.in_transaction:
-                    self._w.execute("ROLLBACK")
-                self._lock.commits[0] += 1  # before anybody is told
+                for each in batch:
+                    self._apply(each)
+                committing = True
+        except BaseException as error:
+            full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL  # then nothing was committed
+            if committing:
+                return fail_all(batch, error if full else InDoubt(str(error)))
+            if len(batch) == 1:
+                return fail_all(batch, error)
+            for each in batch:
+                self._transact([each])
+
+    @staticmethod
+    def _apply(each: Write) -> None:
+        each.error = None
+        try:
+            if not each.future.cancelled():
+                each.result = each.operation(*each.prepared)
+            elif each.withdraw:
+                each.withdraw()
+        except Refused as refusal:
+            each.error = refusal
 
     @write
-    def check(self) -> None:
+    def check_writable(self) -> None:
         """sqlite3.Error when nothing can be written now."""
-        self._w.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # writes a page
+        self._w.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")  # writes a page
 
     # Users and sessions
 
@@ -310,20 +349,12 @@ class Database:
             "SELECT user_id, username, password_hash FROM users WHERE username = ?", (username,)).fetchone()
         return User(*row) if row else None
 
-    def session_user(self, session_id: str) -> User | None:
-        """Whose session this is, or None when it has ended."""
-        row = self._row(
-            "SELECT user_id, username, password_hash, expires_at FROM sessions JOIN users USING (user_id)"
-            " WHERE session_id = ?", session_id)
-        return User(*row[:3]) if row and row[3] > time.time() else None
-
-    def _row(self, sql: str, *values: str) -> tuple[Any, ...] | None:
-        """The row, or None. What was read stays true until something is committed, by any process."""
-        if (version := self.version()) != self._rows_at:
-            self._rows.cache_clear()
-            self._rows_at = version
-        row: tuple[Any, ...] | None = self._rows(sql, values)
-        return row
+    def session_user(self, session_id: str, user_id: str) -> User | None:
+        """The user, or None when this is no session of that user or it has ended."""
+        row = self._r.execute(
+            "SELECT user_id, username, password_hash FROM sessions JOIN users USING (user_id)"
+            " WHERE session_id = ? AND user_id = ? AND expires_at > ?", (session_id, user_id, time.time())).fetchone()
+        return User(*row) if row else None
 
     def has_users(self) -> bool:
         return self._r.execute("SELECT 1 FROM users LIMIT 1").fetchone() is not None
@@ -346,104 +377,106 @@ class Database:
             "DELETE FROM sessions WHERE user_id = (SELECT user_id FROM users WHERE username = ?)", (username,))
 
     @write
-    def remove_user(self, username: str) -> list[str] | None:
-        """Removes user, sessions and documents; the ids of the documents whose files can go now. None: no such user."""
-        documents = self._w.execute(
-            "SELECT document_id FROM documents JOIN users ON user_id = owner_id WHERE username = ?",
-            (username,)).fetchall()
-        if not self._w.execute("DELETE FROM users WHERE username = ?", (username,)).rowcount:
+    def remove_user(self, username: str) -> bool:
+        """Removes the user with sessions and documents, whose files the trigger lists; whether there was one."""
+        return self._w.execute("DELETE FROM users WHERE username = ?", (username,)).rowcount == 1
+
+    def check_throttle(self, name_hash: str, client: str, connection: sqlite3.Connection | None = None) -> None:
+        """Throttled when too many logins with this name from this address have failed."""
+        now = time.time()
+        failures = (connection or self._r).execute(
+            "SELECT failed_at FROM login_failures WHERE name_hash = ? AND client = ? AND failed_at BETWEEN ? AND ?"
+            " ORDER BY failed_at DESC LIMIT ?",
+            (name_hash, client, now - FAILURE_WINDOW, now, FAILURE_LIMIT)).fetchall()
+        if len(failures) == FAILURE_LIMIT:
+            raise Throttled(failures[-1][0] + FAILURE_WINDOW - now)
+
+    @write
+    def log_in(self, user: User | None, name_hash: str, client: str, seconds: float) -> Session | None:
+        """Opens a session of so many seconds for a user whose password was right. None as the user notes a failure.
+        Throttled, since parallel guesses passed `check_throttle` together."""
+        self.check_throttle(name_hash, client, self._w)
+        now = time.time()
+        if user is None:
+            self._w.execute(
+                "DELETE FROM login_failures WHERE failed_at NOT BETWEEN ? AND ?", (now - FAILURE_WINDOW, now))
+            self._w.execute("INSERT INTO login_failures VALUES (?, ?, ?)", (name_hash, client, now))
             return None
-        return [document_id for (document_id,) in documents]
-
-    def throttled_for(self, username: str, client: str) -> float:
-        """Seconds until this user name may be tried again from this address; 0: now."""
-        return self._throttled_for(self._r, username, client)
-
-    @staticmethod
-    def _throttled_for(connection: sqlite3.Connection, username: str, client: str) -> float:
-        now = time.time()
-        failures = connection.execute(
-            "SELECT failed_at FROM login_failures WHERE username = ? AND client = ? AND failed_at > ?"
-            " ORDER BY failed_at DESC LIMIT ?", (username, client, now - FAILURE_WINDOW, FAILURE_LIMIT)).fetchall()
-        return failures[-1][0] + FAILURE_WINDOW - now if len(failures) == FAILURE_LIMIT else 0.0
-
-    @write
-    def login_failed(self, username: str, client: str) -> float:
-        """Notes a failure. Like `throttled_for` before it: of attempts made in parallel only the first few count."""
-        now = time.time()
-        wait = self._throttled_for(self._w, username, client)
-        if not wait:
-            self._w.execute("INSERT INTO login_failures VALUES (?, ?, ?)", (username, client, now))
-            self._w.execute("DELETE FROM login_failures WHERE failed_at < ?", (now - FAILURE_WINDOW,))
-        return wait
-
-    @write
-    def login_succeeded(self, user: User, client: str, session_id: str, jti: str, expires_at: float) -> float | None:
-        """Opens the session and forgets the failures: 0. Else how long this user name is throttled from this
-        address, so that a guess made in parallel with wrong ones isn't told apart; None: the password has changed."""
-        if wait := self._throttled_for(self._w, user.username, client):
-            return wait
+        session = Session(
+            str(uuid.uuid4()), user.user_id, user.username, str(uuid.uuid4()), now, now + seconds)
         opened = self._w.execute(
-            "INSERT INTO sessions SELECT ?, user_id, ?, ? FROM users WHERE user_id = ? AND password_hash = ?",
-            (session_id, jti, expires_at, user.user_id, user.password_hash)).rowcount
-        self._w.execute("DELETE FROM sessions WHERE expires_at < ?", (time.time(),))
+            "INSERT INTO sessions (session_id, user_id, refresh_jti, rotated_at, expires_at)"
+            " SELECT ?, user_id, ?, ?, ? FROM users WHERE user_id = ? AND password_hash = ?",
+            (session.session_id, session.refresh_jti, now, session.expires_at, user.user_id,
+             user.password_hash)).rowcount
+        self._w.execute("DELETE FROM login_failures WHERE name_hash = ? AND client = ?", (name_hash, client))
         self._w.execute(
-            "DELETE FROM login_failures WHERE username = ? AND client = ?", (user.username, client))
-        return 0.0 if opened else None
+            "DELETE FROM sessions WHERE expires_at < ? OR (user_id = ? AND rowid NOT IN"
+            " (SELECT rowid FROM sessions WHERE user_id = ? ORDER BY rowid DESC LIMIT ?))",
+            (now, user.user_id, user.user_id, MAX_SESSIONS))
+        return session if opened else None
 
     @write
-    def rotate(self, session_id: str, used_jti: str, new_jti: str) -> tuple[float | None, str | None]:
-        """Exchanges the refresh token: (end of the session, user name). One that was used before ends the session:
-        (None, user name). (None, None): there is no such session."""
-        row: tuple[float, str] | None = self._w.execute(
-            "UPDATE sessions SET refresh_jti = ? WHERE session_id = ? AND refresh_jti = ? RETURNING expires_at,"
-            " (SELECT username FROM users WHERE users.user_id = sessions.user_id)",
-            (new_jti, session_id, used_jti)).fetchone()
-        return row or (None, self._end_session(session_id))
-
-    @write
-    def end_session(self, session_id: str) -> str | None:
-        """The name of the user whose session has ended now."""
-        return self._end_session(session_id)
-
-    def _end_session(self, session_id: str) -> str | None:
+    def rotate(self, session_id: str, user_id: str, used_jti: str) -> Session | None:
+        """Exchanges a refresh token; None when there is no such session. The token before the one that is good now
+        gets the same successor again during REFRESH_GRACE. Any other was used before: the session ends."""
         row = self._w.execute(
-            "DELETE FROM sessions WHERE session_id = ? RETURNING"
-            " (SELECT username FROM users WHERE users.user_id = sessions.user_id)", (session_id,)).fetchone()
+            "SELECT session_id, user_id, username, refresh_jti, rotated_at, expires_at, previous_jti"
+            " FROM sessions JOIN users USING (user_id) WHERE session_id = ? AND user_id = ?",
+            (session_id, user_id)).fetchone()
+        if row is None:
+            return None
+        session, previous_jti, now = Session(*row[:-1]), row[-1], time.time()
+        if used_jti == session.refresh_jti:
+            new = replace(session, refresh_jti=str(uuid.uuid4()), rotated_at=now)
+            self._w.execute(
+                "UPDATE sessions SET previous_jti = refresh_jti, refresh_jti = ?, rotated_at = ? WHERE session_id = ?",
+                (new.refresh_jti, now, session_id))
+            return new
+        if used_jti == previous_jti and abs(now - session.rotated_at) < REFRESH_GRACE:
+            return session
+        self._w.execute("DELETE FROM sessions WHERE session_id = ?", (session_id,))
+        return replace(session, refresh_jti="")
+
+    @write
+    def end_session(self, session_id: str, user_id: str) -> str | None:
+        """The name of the user whose session has ended now."""
+        row = self._w.execute(
+            "DELETE FROM sessions WHERE session_id = ? AND user_id = ? RETURNING"
+            " (SELECT username FROM users WHERE users.user_id = sessions.user_id)", (session_id, user_id)).fetchone()
         return row[0] if row else None
 
     # Documents
 
-    @write
-    def add_documents(self, new: Callable[[], Sequence[Document | None]]) -> list[Document | Refused | None]:
-        """Adds those that `new` tells when the transaction has begun; None is one that was withdrawn meanwhile. For
-        each that document, or the one that its owner uploaded under its key before; KeyReused when that one has
-        another content; OwnerGone."""
-        return [document and self._add_document(document) for document in new()]
+    def add_document(self, document_id: str, finish: Callable[[], Document]) -> Future[Document]:
+        """`finish` publishes the file and tells the row. The result is that document, or the one that its owner
+        uploaded under its key before; KeyReused when that one has another content; OwnerGone. A file that was finished
+        and gets no row is listed in `deleted_files`."""
+        return self.submit(Write(self._add_document, finish, functools.partial(self._list_deleted_file, document_id)))
 
-    def _add_document(self, new: Document) -> Document | Refused:
-        try:
-            added = self._w.execute(
-                "INSERT INTO documents (document_id, owner_id, filename, media_type, size, sha256, status, created_at,"
-                " updated_at, idempotency_key) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-                " ON CONFLICT (owner_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING",
-                (new.document_id, new.owner_id, new.filename, new.media_type, new.size, new.sha256, new.status,
-                 new.created_at, new.updated_at, new.idempotency_key)).rowcount
-        except sqlite3.IntegrityError as error:  # which undoes this statement, not the transaction
-            if error.sqlite_errorcode != sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY:
-                raise
-            return OwnerGone()
+    def _add_document(self, new: Document) -> Document:
+        added = self._w.execute(
+            "INSERT INTO documents (document_id, owner_id, filename, media_type, size, sha256, status, created_at,"
+            " updated_at, idempotency_key) SELECT ?, user_id, ?, ?, ?, ?, ?, ?, ?, ? FROM users WHERE user_id = ?"
+            " ON CONFLICT (owner_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING",
+            (new.document_id, new.filename, new.media_type, new.size, new.sha256, new.status, new.created_at,
+             new.updated_at, new.idempotency_key, new.owner_id)).rowcount
         if added:
             return new
-        known = Document(*self._w.execute(
-            f"SELECT {COLUMNS} FROM documents WHERE owner_id = ? AND idempotency_key = ?",
-            (new.owner_id, new.idempotency_key)).fetchone())
-        return known if known.sha256 == new.sha256 else KeyReused()
+        self._list_deleted_file(new.document_id)
+        known = self._find(self._w, "owner_id = ? AND idempotency_key = ?", new.owner_id, new.idempotency_key)
+        if known is None:
+            raise OwnerGone
+        if known.sha256 != new.sha256:
+            raise KeyReused
+        return known
+
+    def _find(self, connection: sqlite3.Connection, where: str, *values: Any) -> Document | None:
+        row = connection.execute(f"SELECT {COLUMNS} FROM documents WHERE {where}", values).fetchone()
+        return Document(*row) if row else None
 
     def document(self, document_id: str, owner_id: str) -> Document | None:
-        row = self._row(
-            f"SELECT {COLUMNS} FROM documents WHERE document_id = ? AND owner_id = ?", document_id, owner_id)
-        return Document(*row) if row else None
+        return self._find(self._r, "document_id = ? AND owner_id = ?", document_id, owner_id)
 
     def documents(self, owner_id: str, limit: int, status: Status | None,
                   before: tuple[str, str] | None) -> list[Document]:
@@ -458,19 +491,27 @@ class Database:
             (*values, limit))
         return [Document(*row) for row in rows]
 
+    def document_ids(self) -> set[str]:
+        return {document_id for (document_id,) in self._r.execute("SELECT document_id FROM documents")}
+
     @write
     def delete(self, document_id: str, owner_id: str) -> bool:
-        """Whether there was such a document. Its file is to be removed afterwards, never before."""
+        """Whether there was such a document. The trigger `document_deleted` lists its file in `deleted_files`."""
         return self._w.execute(
             "DELETE FROM documents WHERE document_id = ? AND owner_id = ?", (document_id, owner_id)).rowcount == 1
 
-    @write
-    def without_document(self, document_ids: Sequence[str]) -> list[str]:
-        """Those of the ids that no document has. On the writer's thread, since the sweep is not on the reader's."""
-        rows = self._w.execute(
-            "SELECT value FROM json_each(?) WHERE value NOT IN (SELECT document_id FROM documents)",
-            (json.dumps(document_ids),))
+    def deleted_files(self, limit: int = -1) -> list[str]:
+        """Ids of documents whose files are to be removed: all, or any few, so that a file that can't be removed is not
+        always among them."""
+        rows = self._r.execute("SELECT document_id FROM deleted_files ORDER BY random() LIMIT ?", (limit,))
         return [document_id for (document_id,) in rows]
+
+    @write
+    def forget_files(self, document_ids: Sequence[str]) -> None:
+        self._w.executemany("DELETE FROM deleted_files WHERE document_id = ?", [(each,) for each in document_ids])
+
+    def _list_deleted_file(self, document_id: str) -> None:
+        self._w.execute("INSERT OR IGNORE INTO deleted_files VALUES (?)", (document_id,))
 
     def result(self, document_id: str) -> str | None:
         """What the pipeline returned, as JSON; None when the document is not COMPLETED or has just been deleted."""
@@ -482,36 +523,39 @@ class Database:
     @write
     def enqueue(self, document_id: str, owner_id: str, request_id: str, max_queue: int) -> Document | None:
         """Starts a run of an UPLOADED or FAILED document; any other is left as it is. None: no such document.
-        QueueFull when a run would have to start and `max_queue` documents wait already."""
-        find = f"SELECT {COLUMNS} FROM documents WHERE document_id = ? AND owner_id = ?"
-        row = self._w.execute(find, (document_id, owner_id)).fetchone()
-        if not row or Document(*row).status in (Status.PROCESSING, Status.COMPLETED):
-            return Document(*row) if row else None
-        if self._queued(max_queue) == max_queue:
+        QueueFull when a run would have to start and `max_queue` documents of the owner wait already."""
+        document = self._find(self._w, "document_id = ? AND owner_id = ?", document_id, owner_id)
+        if document is None or document.status in (Status.PROCESSING, Status.COMPLETED):
+            return document
+        (waiting,) = self._w.execute(
+            "SELECT count(*) FROM documents WHERE status = 'PROCESSING' AND run_id IS NULL AND owner_id = ?",
+            (owner_id,)).fetchone()
+        if waiting >= max_queue:
             raise QueueFull
         now = utc_now()
         self._w.execute(
             "UPDATE documents SET status = 'PROCESSING', request_id = ?, queued_at = ?, updated_at = ?, run_id = NULL,"
             " attempts = 0, progress = 0, message = 'waiting for a worker', started_at = NULL, finished_at = NULL,"
             " error = NULL WHERE document_id = ?", (request_id, now, now, document_id))
-        return Document(*self._w.execute(find, (document_id, owner_id)).fetchone())
-
-    def _queued(self, at_most: int) -> int:
-        (count,) = self._w.execute(
-            "SELECT count(*) FROM (SELECT 1 FROM documents WHERE status = 'PROCESSING' AND run_id IS NULL LIMIT ?)",
-            (at_most,)).fetchone()
-        return int(count)
+        return self._find(self._w, "document_id = ?", document_id)
 
     @write
     def claim(self, run_id: str) -> Document | None:
-        """Gives the document that waits longest to this new run and counts the attempt. None: nothing waits."""
+        """Gives a document that waits to this new run and counts the attempt; None when nothing waits. It is the
+        oldest document of the owner that has the fewest in work, so that owners take turns."""
+        owner = self._w.execute(
+            "SELECT owner_id FROM documents AS waiting WHERE status = 'PROCESSING' AND run_id IS NULL"
+            " GROUP BY owner_id ORDER BY (SELECT count(*) FROM documents WHERE status = 'PROCESSING'"
+            " AND run_id IS NOT NULL AND owner_id = waiting.owner_id), min(queued_at) LIMIT 1").fetchone()
+        if owner is None:
+            return None
         now = utc_now()
         row = self._w.execute(
             "UPDATE documents SET run_id = ?, beat_at = ?, attempts = attempts + 1, progress = 0, message = 'started',"
-            " started_at = ?, updated_at = ? WHERE document_id = (SELECT document_id FROM documents"
-            " WHERE status = 'PROCESSING' AND run_id IS NULL ORDER BY queued_at LIMIT 1)"
-            f" RETURNING {COLUMNS}", (run_id, time.time(), now, now)).fetchone()
-        return Document(*row) if row else None
+            " started_at = ?, updated_at = ? WHERE document_id = (SELECT document_id FROM documents WHERE owner_id = ?"
+            " AND status = 'PROCESSING' AND run_id IS NULL ORDER BY queued_at LIMIT 1)"
+            f" RETURNING {COLUMNS}", (run_id, time.time(), now, now, *owner)).fetchone()
+        return Document(*row)
 
     @write
     def progress(self, run_id: str, document_id: str, percent: int, message: str) -> None:
@@ -539,42 +583,25 @@ class Database:
             raise RunLost
 
     @write
-    def hand_back(self, run_ids: Sequence[str]) -> list[Document]:
-        """Puts runs that have to stop back into the queue, as if they had not been tried."""
-        rows = self._w.execute(
-            "UPDATE documents SET run_id = NULL, attempts = attempts - 1, progress = 0, started_at = NULL,"
-            " message = 'waiting for a worker', updated_at = ? WHERE run_id IN (SELECT value FROM json_each(?))"
-            f" AND status = 'PROCESSING' RETURNING {COLUMNS}", (utc_now(), json.dumps(run_ids)))
-        return [Document(*row) for row in rows]
-
-    @write
-    def keep_leases(self, run_ids: Sequence[str], lease: float, max_attempts: int) -> tuple[list[Document], int]:
-        """The keeper's round: a sign of life for these runs; runs of others that have been silent for the lease go
-        back to the queue, or FAILED after the last attempt. Those documents, and how many wait (up to 1000)."""
-        now, stamp, interrupted = time.time(), utc_now(), "The worker died while it ran, each time."
+    def keep_leases(self, run_ids: Sequence[str], lease: float, max_attempts: int) -> tuple[list[Document], bool]:
+        """The keeper's round: a sign of life for these runs. Runs whose last sign is older than the lease (or of the
+        future: then a clock was wrong) go back to the queue, or FAILED after the last attempt. The documents of
+        those runs, and whether any document waits."""
+        now, running = time.time(), "status = 'PROCESSING' AND run_id IS NOT NULL"
         self._w.execute(
-            "UPDATE documents SET beat_at = ? WHERE status = 'PROCESSING'"
-            " AND run_id IN (SELECT value FROM json_each(?))", (now, json.dumps(run_ids)))
-        silent = "WHERE status = 'PROCESSING' AND run_id IS NOT NULL AND beat_at < ? AND attempts"
+            f"UPDATE documents SET beat_at = ? WHERE {running} AND run_id IN (SELECT value FROM json_each(?))",
+            (now, json.dumps(run_ids)))
+        lost = f"{running} AND beat_at NOT BETWEEN :oldest AND :latest"
+        values = {"oldest": now - lease, "latest": now + lease, "max_attempts": max_attempts, "stamp": utc_now(),
+                  "message": INTERRUPTED["message"], "error": json.dumps(INTERRUPTED)}
         failed = self._w.execute(
-            "UPDATE documents SET status = 'FAILED', run_id = NULL, finished_at = ?, updated_at = ?, message = ?,"
-            f" error = ? {silent} >= ? RETURNING {COLUMNS}", (
-                stamp, stamp, interrupted,
-                json.dumps({"code": "interrupted", "message": interrupted, "retryable": True}),
-                now - lease, max_attempts)).fetchall()
+            "UPDATE documents SET status = 'FAILED', run_id = NULL, message = :message, error = :error,"
+            f" finished_at = :stamp, updated_at = :stamp WHERE {lost} AND attempts >= :max_attempts"
+            f" RETURNING {COLUMNS}", values)
         requeued = self._w.execute(
-            "UPDATE documents SET run_id = NULL, progress = 0, started_at = NULL, updated_at = ?,"
-            f" message = 'waiting for a worker' {silent} < ? RETURNING {COLUMNS}",
-            (stamp, now - lease, max_attempts)).fetchall()
-        return [Document(*row) for row in (*failed, *requeued)], self._queued(1000)
-
-    def version(self) -> int:
-        """Another number whenever anything was committed, by any process of this program."""
-        return self._lock.commits[0]
-
-    def not_processing(self, document_ids: Sequence[str]) -> list[str]:
-        """Those of the ids whose processing has ended, or that are gone."""
-        rows: Iterator[tuple[str]] = self._r.execute(
-            "SELECT value FROM json_each(?) LEFT JOIN documents ON document_id = value"
-            " WHERE status IS NOT 'PROCESSING'", (json.dumps(document_ids),))
-        return [document_id for (document_id,) in rows]
+            "UPDATE documents SET run_id = NULL, progress = 0, started_at = NULL, message = 'waiting for a worker',"
+            f" updated_at = :stamp WHERE {lost} RETURNING {COLUMNS}", values)
+        ended = [Document(*row) for rows in (failed, requeued) for row in rows]
+        (waiting,) = self._w.execute(
+            "SELECT EXISTS (SELECT 1 FROM documents WHERE status = 'PROCESSING' AND run_id IS NULL)").fetchone()
+        return ended, bool(waiting)

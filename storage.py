@@ -1,33 +1,39 @@
-"""Bytes under keys: the `Storage` protocol and its local disk.
+"""Documents as bytes: what makes a file a PDF or DOCX, a file on its way in, and `Storage` with its local disk.
 
-This module knows neither SQL nor HTTP nor the names that clients give their files. Another store (S3, GCS) is two more
-classes with these methods; `test_storage_*` is the contract as tests, to be run over it too.
+This module knows neither SQL nor HTTP. Another store (S3, GCS) is one more class with the methods of `Storage`; the
+tests `test_storage_*` are its contract, to be run over that class too.
 """
 import contextlib
+import errno
+import functools
+import hashlib
 import os
 import re
+import secrets
+import struct
 import time
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Protocol, Self
+from typing import BinaryIO, NoReturn, Protocol, cast
+from urllib.parse import unquote
+from xml.parsers import expat
 
+PDF = "application/pdf"
+DOCX = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
+MEDIA_TYPES = {".pdf": PDF, ".docx": DOCX}
 
+private = functools.partial(os.open, mode=0o600)  # an `opener` of files that only their owner may read
 KEY = re.compile(r"[A-Za-z0-9-]{1,64}")
-O_BINARY = getattr(os, "O_BINARY", 0)  # Windows
 
 
-class Writer(Protocol):
-    """One new object. Leaving the `with` block without `commit` drops it. Used by one thread at a time."""
+class BadDocument(Exception):
+    """The content is not a good PDF or DOCX. The text says why, for people."""
 
-    def write(self, data: bytes) -> None:
-        """Appends. OSError with ENOSPC when the store is full."""
 
-    def commit(self) -> None:
-        """Publishes the object under its key, whole. After the next `Storage.sync` it survives a power loss."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *_: object) -> None: ...
+class TooLarge(Exception):
+    """The file is larger than its limit."""
 
 
 class Storage(Protocol):
@@ -36,103 +42,288 @@ class Storage(Protocol):
     Whatever goes wrong is an OSError. Safe to use from several threads and processes at once.
     """
 
-    def create(self, key: str) -> Writer:
-        """Starts a new object, invisible to `open` until its commit."""
+    slow_publish: bool  # `publish` waits for a network: each upload calls it in a thread of its own, not the committer
+
+    def create(self, key: str) -> BinaryIO:
+        """A new file to write, seek and read. It is no object of the store until `publish`."""
+
+    def publish(self, key: str, file: BinaryIO) -> None:
+        """Makes the object out of the file and closes the file. The object is durable after the next `sync`."""
 
     def sync(self) -> None:
-        """After the return all objects that were committed before survive a power loss: one call for many."""
+        """After the return all that was published or deleted before survives a power loss."""
 
     def open(self, key: str) -> BinaryIO:
         """A seekable reader; FileNotFoundError when there is no such object. A reader outlives a `delete`."""
 
     def delete(self, key: str) -> None:
-        """Removes the object, finished or not. Nothing there is no error, so a delete can be repeated."""
+        """Removes the object, published or not. An object that is not there is no error: a delete can be repeated."""
 
-    def keys(self, older_than: float) -> Iterator[str]:
-        """Keys of the objects, unfinished ones too, that were last written more than this many seconds ago."""
+    def keys(self) -> Iterator[str]:
+        """The keys of all published objects."""
 
     def check(self) -> None:
         """OSError when objects can't be written now."""
 
 
 class LocalStorage:
-    """`Storage` in one folder of a local disk: the file `<key>`, or `<key>.part` before its commit."""
+    """`Storage` in one folder of a local disk: the file `<key>`, or `<key>.part` before `publish`."""
+
+    slow_publish = False
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self._folder = os.fspath(folder)
         folder.mkdir(mode=0o700, exist_ok=True)
         fsync_folder(folder.parent)
+        for path in folder.glob("*.part"):
+            with contextlib.suppress(FileNotFoundError):  # another process removed or published it
+                if path.stat().st_mtime < time.time() - 86400:  # an upload may take an hour
+                    path.unlink()
 
-    def create(self, key: str) -> "LocalWriter":
-        return LocalWriter(self._path(key))
+    def create(self, key: str) -> BinaryIO:
+        # Unbuffered: a buffered open costs four more system calls, and a small upload is a single write.
+        return cast(BinaryIO, open(self._path(key) + ".part", "x+b", buffering=0, opener=private))
+
+    def publish(self, key: str, file: BinaryIO) -> None:
+        with file:
+            os.fsync(file.fileno())
+        path = self._path(key)
+        os.replace(path + ".part", path)
 
     def sync(self) -> None:
         fsync_folder(self._folder)
 
     def open(self, key: str) -> BinaryIO:
-        return self._path(key).open("rb")
+        return open(self._path(key), "rb")
 
     def delete(self, key: str) -> None:
         path = self._path(key)
-        path.unlink(missing_ok=True)
-        path.with_suffix(".part").unlink(missing_ok=True)
+        for name in (path, path + ".part"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
 
-    def keys(self, older_than: float) -> Iterator[str]:
-        limit = time.time() - older_than
+    def keys(self) -> Iterator[str]:
         with os.scandir(self._folder) as entries:
             for entry in entries:
-                key = entry.name.removesuffix(".part")
-                with contextlib.suppress(FileNotFoundError):  # deleted or renamed meanwhile
-                    if KEY.fullmatch(key) and entry.is_file() and entry.stat().st_mtime < limit:
-                        yield key
+                if KEY.fullmatch(entry.name) and entry.is_file():
+                    yield entry.name
 
     def check(self) -> None:
-        probe = self._folder / f"probe-{os.getpid()}.part"  # one that is left behind is swept like any other
-        probe.write_bytes(b"ready?")
-        probe.unlink(missing_ok=True)
+        key = f"probe-{secrets.token_hex(8)}"
+        try:
+            with self.create(key) as file:
+                file.write(b"ready?")
+        finally:
+            self.delete(key)
 
-    def _path(self, key: str) -> Path:
+    def _path(self, key: str) -> str:
         if not KEY.fullmatch(key):
             raise ValueError("not a storage key")
-        return self._folder / key
+        return os.path.join(self._folder, key)
 
 
-class LocalWriter:
-    def __init__(self, path: Path) -> None:
-        self._path, self._part, self._committed = path, path.with_suffix(".part"), False
-        self._descriptor = os.open(self._part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | O_BINARY, 0o600)
-
-    def write(self, data: bytes) -> None:
-        written = os.write(self._descriptor, data)
-        while written < len(data):
-            written += os.write(self._descriptor, data[written:])
-
-    def commit(self) -> None:
-        os.fsync(self._descriptor)
-        self._close()
-        os.replace(self._part, self._path)
-        self._committed = True
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-        if not self._committed:
-            self._part.unlink(missing_ok=True)
-            self._path.unlink(missing_ok=True)
-
-    def _close(self) -> None:
-        if self._descriptor >= 0:
-            descriptor, self._descriptor = self._descriptor, -1  # a close that fails has closed it (close(2))
-            os.close(descriptor)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Makes the names in this folder survive a power loss (fsync(2)); a no-op where folders can't be opened."""
-    if os.name == "posix":
+def fsync_folder(folder: str | Path) -> None:
+    """Makes the names in this folder survive a power loss (fsync(2)), as far as the file system offers that."""
+    with contextlib.suppress(PermissionError):  # a folder that may be entered but not listed; any folder on Windows
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
         finally:
             os.close(descriptor)
+
+
+class Incoming:
+    """One file on its way into the storage: its start and size are checked as it comes, then it is hashed and written.
+
+    One method at a time. `feed` works in memory, so it fits an event loop; the others wait for the storage.
+    """
+
+    def __init__(self, storage: Storage, key: str, media_type: str, max_size: int) -> None:
+        self.key, self.media_type, self.size = key, media_type, 0
+        self.sha256 = hashlib.sha256()
+        self.held = 0  # bytes of memory
+        self._storage, self._max_size = storage, max_size
+        self._pieces: list[bytes] = []
+        self._head: bytes | None = b""  # None: the content begins as its media type does
+        self.file: BinaryIO | None = None
+        self._published = False
+
+    def feed(self, piece: bytes) -> None:
+        """Takes the next piece. TooLarge, BadDocument."""
+        self.size += len(piece)
+        if self.size > self._max_size:
+            raise TooLarge
+        self._pieces.append(piece)
+        self.held += len(piece) + 64  # a piece is a Python object too
+        if self._head is not None:
+            self._head = (self._head + piece)[:1024]
+            self.check_start(complete=False)
+
+    def check_start(self, complete: bool) -> None:
+        """BadDocument when the first bytes are of another format, or when they are all and decide nothing."""
+        if self._head is None:
+            return
+        if self.media_type == PDF:
+            good, decided = b"%PDF-" in self._head, len(self._head) == 1024
+        else:
+            good, decided = self._head.startswith(b"PK\x03\x04"), len(self._head) >= 8
+        if good:
+            self._head = None
+        elif decided or complete:
+            encrypted = self._head.startswith(OLE_MAGIC)
+            raise BadDocument("This Office file is encrypted (or of the old .doc format)." if encrypted
+                              else "The content is not what the extension says.")
+
+    def flush(self) -> BinaryIO:
+        """Writes the pieces that are held. The file, which can be read and written."""
+        file = self.file = self.file or self._storage.create(self.key)
+        for piece in self._pieces:
+            self.sha256.update(piece)
+            count = file.write(piece)
+            while count < len(piece):
+                count += file.write(piece[count:])
+        self._pieces.clear()
+        self.held = 0
+        return file
+
+    def finish(self) -> None:
+        """Writes the rest and publishes the file, unless that is done. A DOCX is checked before: BadDocument."""
+        if not self._published:
+            file = self.flush()
+            if self.media_type == DOCX:
+                check_is_docx(file)
+            self._storage.publish(self.key, file)
+            self._published = True
+
+    def discard(self) -> None:
+        """Removes what was written, published or not."""
+        if self.file is not None:
+            self.file.close()
+            self._storage.delete(self.key)
+
+
+# Formats
+
+OLE_MAGIC = bytes.fromhex("d0cf11e0a1b11ae1")
+MAIN_PART = f"{DOCX}.main+xml"
+CONTENT_TYPES = "/[content_types].xml"
+PACKAGE = "http://schemas.openxmlformats.org/package/2006/content-types"
+MAX_ENTRIES = 10_000
+MAX_DIRECTORY = 2 * 2**20  # bytes, for 10,000 entries
+MAX_CONTENT_TYPES, MAX_MAIN_PART = 2**18, 512 * 2**20  # bytes, unpacked
+
+
+class BoundedReads:
+    """A file for `zipfile`, which would else read a directory of whatever size and place the file claims."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.tell, self.seekable = file, file.tell, file.seekable
+        self._end = file.seek(0, os.SEEK_END)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(max(0, min(offset, self._end)) if whence == os.SEEK_SET else offset, whence)
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(MAX_DIRECTORY + 1 if size < 0 else min(size, MAX_DIRECTORY + 1))
+        if len(data) > MAX_DIRECTORY:
+            raise zipfile.BadZipFile("more than a DOCX needs at once")
+        return data
+
+
+@contextlib.contextmanager
+def open_docx(file: BinaryIO) -> Iterator[zipfile.ZipFile]:
+    """The ZIP archive; BadDocument for whatever is wrong with it, also inside of the `with` block."""
+    try:
+        with zipfile.ZipFile(cast(BinaryIO, BoundedReads(file))) as archive:
+            if len(archive.infolist()) > MAX_ENTRIES:
+                raise BadDocument(f"The ZIP archive has more than {MAX_ENTRIES} entries.")
+            yield archive
+    except (zipfile.BadZipFile, zlib.error, expat.ExpatError, EOFError, ValueError, OverflowError, LookupError,
+            struct.error, RuntimeError) as error:  # all that zipfile and expat are known to raise on hostile input
+        raise BadDocument("The content is not a readable DOCX (ZIP) file.") from error
+
+
+def unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, most: int) -> Iterator[bytes]:
+    """The bytes of an entry, whose CRC is checked at the end; BadDocument when there are more than `most`."""
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile has no bound for the others
+        raise BadDocument("The ZIP archive uses a compression that a DOCX can't have.")
+    # zipfile refuses an entry whose local header spells the name otherwise. Readers let the central directory rule.
+    file = cast(BinaryIO, archive.fp)
+    file.seek(entry.header_offset)
+    header = file.read(30)
+    utf8 = int.from_bytes(header[6:8], "little") & 0x800
+    name = file.read(int.from_bytes(header[26:28], "little"))
+    entry.flag_bits = entry.flag_bits & ~0x800 | utf8
+    entry.orig_filename = name.decode("utf-8" if utf8 else "cp437")
+    with archive.open(entry) as content:
+        while data := content.read(65536):
+            most -= len(data)
+            if most < 0:
+                raise BadDocument("A part of the DOCX unpacks to more than a DOCX needs.")
+            yield data
+
+
+def part_name(name: str) -> str:
+    """As part names are compared: in lower case (ECMA-376-2), with slashes where a writer used backslashes."""
+    return "/" + unquote(name).replace("\\", "/").lstrip("/").lower()
+
+
+def content_types(archive: zipfile.ZipFile) -> dict[str, str]:
+    """What [Content_Types].xml declares: content types by `/part/name` or `.extension`, all in lower case."""
+    found = [entry for entry in archive.infolist() if part_name(entry.filename) == CONTENT_TYPES]
+    if len(found) != 1:
+        raise BadDocument("A DOCX has one [Content_Types].xml.")
+    declared: dict[str, str] = {}
+
+    def on_element(name: str, attributes: dict[str, str]) -> None:
+        content_type = attributes.get("ContentType", "").partition(";")[0].strip().lower()
+        if name == f"{PACKAGE} Override":
+            declared.setdefault(part_name(attributes.get("PartName", "")), content_type)
+        elif name == f"{PACKAGE} Default":
+            declared.setdefault("." + attributes.get("Extension", "").lower(), content_type)
+
+    def on_doctype(*_: object) -> NoReturn:  # OPC forbids DTDs; without one there are no entities to expand
+        raise BadDocument("[Content_Types].xml has a DTD.")
+
+    def on_declaration(_: str, encoding: str | None, __: int) -> None:
+        if (encoding or "UTF-8").upper() not in ("UTF-8", "UTF-16"):  # else expat asks Python's codecs
+            raise BadDocument("[Content_Types].xml is neither in UTF-8 nor in UTF-16.")
+
+    parser = expat.ParserCreate(namespace_separator=" ")
+    parser.XmlDeclHandler = on_declaration
+    parser.StartElementHandler = on_element
+    parser.StartDoctypeDeclHandler = on_doctype
+    parser.Parse(b"".join(unpacked(archive, found[0], MAX_CONTENT_TYPES)), True)
+    return declared
+
+
+def check_is_docx(file: BinaryIO) -> None:
+    """BadDocument unless it is a ZIP whose [Content_Types].xml declares a WordprocessingML main part (ECMA-376-2)."""
+    with open_docx(file) as archive:
+        declared = content_types(archive).values()
+    if MAIN_PART not in declared:
+        raise BadDocument("This Office file is not a Word document (DOCX).")
+    if any("vbaproject" in content_type for content_type in declared):
+        raise BadDocument("Documents with macros are not accepted.")
+
+
+def check_is_whole(file: BinaryIO, media_type: str) -> None:
+    """BadDocument when a PDF has no `%%EOF` within its last MiB, or when the main part of a DOCX does not unpack."""
+    if media_type == PDF:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 2**20))
+        if b"%%EOF" not in file.read():
+            raise BadDocument("The PDF has no end-of-file marker.")
+        return
+    with open_docx(file) as archive:
+        declared = content_types(archive)
+        for entry in archive.infolist():
+            name = part_name(entry.filename)
+            by_extension = declared.get(os.path.splitext(name)[1])
+            if name != CONTENT_TYPES and declared.get(name, by_extension) == MAIN_PART:
+                for _ in unpacked(archive, entry, MAX_MAIN_PART):
+                    pass
+                return
+    raise BadDocument("The main part of the DOCX is missing.")
