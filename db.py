@@ -6,6 +6,7 @@ the others read on the thread of their caller, which is always the event loop's.
 """
 import contextlib
 import copy
+import fcntl
 import functools
 import json
 import os
@@ -21,11 +22,6 @@ from enum import StrEnum
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Concatenate, ParamSpec, TypeVar
-
-try:
-    import fcntl
-except ImportError:  # Windows: one process at a time
-    fcntl = None  # type: ignore[assignment]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -87,7 +83,7 @@ END;
 FAILURE_LIMIT, FAILURE_WINDOW = 5, 15 * 60.0  # failed logins, seconds
 REFRESH_GRACE = 10.0  # seconds in which a refresh token may be used again
 MAX_SESSIONS = 50  # of one user
-INTERRUPTED = {"code": "interrupted", "message": "The worker died while it ran, each time.", "retryable": True}
+INTERRUPTED = {"code": "interrupted", "message": "The run was interrupted, each time.", "retryable": True}
 MAX_BATCH, SIDE_BY_SIDE = 500, 4  # writes in a transaction; threads that prepare them
 
 
@@ -100,7 +96,7 @@ class InDoubt(sqlite3.Error):
 
 
 class Refused(Exception):
-    """The write was refused; nothing was written."""
+    """The write was refused: nothing was written, but that the file of a refused upload is to be removed."""
 
 
 class KeyReused(Refused):
@@ -208,10 +204,10 @@ def fail_all(batch: Sequence[Write], error: BaseException) -> None:
 
 def write(method: Callable[Concatenate["Database", P], T]) -> Callable[Concatenate["Database", P], Future[T]]:
     """Runs the method in a transaction of the committer; its Future is done once the commit is on disk."""
-    def submit(self: "Database", /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+    @functools.wraps(method)
+    def enqueued(self: "Database", /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         return self.submit(Write(functools.partial(method, self, *args, **kwargs)))
-    functools.update_wrapper(submit, method)
-    return submit
+    return enqueued
 
 
 class Database:
@@ -221,7 +217,7 @@ class Database:
         if sqlite3.sqlite_version_info < (3, 37):
             raise UnusableDatabase(f"SQLite 3.37 or newer is needed, this Python has {sqlite3.sqlite_version}")
         # Calls its argument, which settles the futures of a batch. A server sets it to do so on its event loop.
-        self.notify: Callable[[Callable[[], None]], Any] = lambda settle: settle()
+        self.notify: Callable[[Callable[[], None]], Any] = lambda call: call()
         self._sync = sync
         self._queue: SimpleQueue[Write] = SimpleQueue()
         self._closed = False
@@ -255,8 +251,7 @@ class Database:
         """One process at a time, the others wait in the kernel; SQLite's own lock would make them sleep and retry. And
         no two connections may write or checkpoint at the same moment before SQLite 3.51.3 (the WAL-reset bug)."""
         with open(self._lock_file, "ab", opener=private) as file:  # closing it unlocks
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def close(self) -> None:
@@ -282,10 +277,14 @@ class Database:
             batch = [self._queue.get()]
             while len(batch) < MAX_BATCH and not self._queue.empty():
                 batch.append(self._queue.get())
-            self._commit_batch(batch)
+            try:
+                self._commit_batch(batch)
+            except BaseException as error:  # such as no thread left to prepare with
+                fail_all(batch, error)
+            self.notify(functools.partial(settle, batch))
 
     def _commit_batch(self, batch: list[Write]) -> None:
-        """Prepares side by side, then one sync, then one transaction, then one call that settles all futures."""
+        """Prepares side by side, then one sync, then one transaction."""
         to_prepare = [each for each in batch if each.prepare]
         slices = [to_prepare[start::SIDE_BY_SIDE] for start in range(SIDE_BY_SIDE)]
         others = self._helpers.map(self._prepare, filter(None, slices[1:]))
@@ -297,7 +296,6 @@ class Database:
             except BaseException as error:  # and no second try: it could succeed without what the first one lost
                 fail_all(to_prepare, error)
         self._transact([each for each in batch if each.error is None])
-        self.notify(functools.partial(settle, batch))
 
     @staticmethod
     def _prepare(some: Sequence[Write]) -> None:
@@ -522,8 +520,8 @@ class Database:
 
     @write
     def enqueue(self, document_id: str, owner_id: str, request_id: str, max_queue: int) -> Document | None:
-        """Starts a run of an UPLOADED or FAILED document; any other is left as it is. None: no such document.
-        QueueFull when a run would have to start and `max_queue` documents of the owner wait already."""
+        """Lets an UPLOADED or FAILED document wait for a run; any other is left as it is. None: no such document.
+        QueueFull when `max_queue` documents of the owner wait already."""
         document = self._find(self._w, "document_id = ? AND owner_id = ?", document_id, owner_id)
         if document is None or document.status in (Status.PROCESSING, Status.COMPLETED):
             return document
@@ -559,7 +557,7 @@ class Database:
 
     @write
     def progress(self, run_id: str, document_id: str, percent: int, message: str) -> None:
-        self._update_run(run_id, document_id, "progress = ?, message = ?, beat_at = ?", percent, message, time.time())
+        self._update_run(run_id, document_id, "progress = ?, message = ?", percent, message)
 
     @write
     def complete(self, run_id: str, document_id: str, result: str) -> None:
@@ -601,7 +599,7 @@ class Database:
         requeued = self._w.execute(
             "UPDATE documents SET run_id = NULL, progress = 0, started_at = NULL, message = 'waiting for a worker',"
             f" updated_at = :stamp WHERE {lost} RETURNING {COLUMNS}", values)
-        ended = [Document(*row) for rows in (failed, requeued) for row in rows]
+        documents = [Document(*row) for rows in (failed, requeued) for row in rows]
         (waiting,) = self._w.execute(
             "SELECT EXISTS (SELECT 1 FROM documents WHERE status = 'PROCESSING' AND run_id IS NULL)").fetchone()
-        return ended, bool(waiting)
+        return documents, bool(waiting)

@@ -26,6 +26,7 @@ import logging
 import math
 import os
 import re
+import resource
 import secrets
 import signal
 import socket
@@ -67,11 +68,6 @@ from db import (Database, Document, InDoubt, KeyReused, OwnerGone, QueueFull, Re
                 Throttled, UnusableDatabase, User, utc_now, utc_text)
 from storage import (DOCX, MEDIA_TYPES, PDF, BadDocument, Incoming, LocalStorage, Storage, TooLarge, check_is_whole,
                      fsync_folder, private)
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
@@ -739,17 +735,17 @@ async def read_file(request: Request, form: MultipartFile) -> Incoming:
     return incoming
 
 
-async def add_document(service: Service, user: User, idempotency_key: str | None, filename: str,
+async def make_durable(service: Service, user: User, idempotency_key: str | None, filename: str,
                        incoming: Incoming) -> Document:
-    """Makes file and row durable: the document, or the one that was uploaded under the key before."""
-    def finish() -> Document:
+    """Adds the row, once the file is published: the document, or the one that was uploaded under the key before."""
+    def finished_document() -> Document:
         incoming.finish()
         now = utc_now()
         return Document(
             incoming.key, user.user_id, filename, incoming.media_type, incoming.size, incoming.sha256.hexdigest(),
             Status.UPLOADED, now, now, idempotency_key=idempotency_key)
 
-    return await written(service.db.add_document(incoming.key, finish))
+    return await written(service.db.add_document(incoming.key, finished_document))
 
 
 # Processing
@@ -800,7 +796,8 @@ class Worker:
         self._pool = ThreadPoolExecutor(settings.process_workers, "worker")
         self._unstarted = threading.BoundedSemaphore(settings.process_workers)  # taken by calls that have yet to look
         self._run_ids: set[str] = set()
-        self.stopping, self._ended = threading.Event(), threading.Event()
+        self.stopping = threading.Event()  # no new runs
+        self._ended = threading.Event()  # no more progress either
         self._keeper = threading.Thread(target=self._keep_leases, name="keeper", daemon=True)
         self._keeper.start()
 
@@ -946,9 +943,9 @@ async def login(request: Request) -> Tokens:
     key, name_hash = auth.throttle_key(client), service.signer.name_hash(sent.username)
     if service.logins[key] >= LOGINS_AT_ONCE:
         raise Problem("too_many_attempts")
-    service.logins[key] += 1
     user = service.db.user(sent.username)
     name = user.username if user else None  # an unknown one may be a password in the wrong field: it is not logged
+    service.logins[key] += 1
     try:
         async with service.password_checks:
             if await request.is_disconnected():
@@ -1015,7 +1012,7 @@ async def upload(request: Request) -> Response:
     service.open_uploads += 1
     try:
         incoming = await read_file(request, form)
-        document = await add_document(service, user, idempotency_key, form.filename, incoming)
+        document = await make_durable(service, user, idempotency_key, form.filename, incoming)
     except (Refused, InDoubt):  # the database has listed the file in `deleted_files`, or may have its row
         raise
     except Exception:
@@ -1085,7 +1082,7 @@ async def get_file(document: OwnDocument, request: Request) -> Response:
     """The bytes that were uploaded, with their SHA-256 as ETag. Errors: `not_found`, `file_missing`."""
     headers = {"ETag": f'"{document.sha256}"', "Cache-Control": "private, no-cache"}
     known = ",".join(request.headers.getlist("if-none-match"))
-    if re.search(rf'(^|,)\s*(\*|(W/)?"{document.sha256}")\s*(,|$)', known):
+    if known.strip() == "*" or headers["ETag"] in known:
         return Response(status_code=304, headers=headers)
     try:
         file = await run_in_threadpool(service_of(request).storage.open, document.document_id)
@@ -1095,7 +1092,7 @@ async def get_file(document: OwnDocument, request: Request) -> Response:
     async def chunks() -> AsyncIterator[bytes]:
         with file:
             while "head" not in request.scope and (data := await run_in_threadpool(file.read, 65536)):
-                yield data
+                yield data  # to HEAD nothing, see RequestMiddleware
 
     plain, quoted = re.sub(r'[^ -~]|["\\%]', "_", document.filename), quote(document.filename, safe="")
     return StreamingResponse(chunks(), headers=headers | {
@@ -1201,9 +1198,9 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
         chosen = settings or Settings.from_environment(os.environ)
         for name in ("", "uvicorn", "uvicorn.error") if logging_is_ours else ("documents",):
             logging.getLogger(name).setLevel(chosen.log_level)
-        if resource:  # an upload takes two descriptors; the usual soft limit of 1,024 would end at 500 of them
-            hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-            resource.setrlimit(resource.RLIMIT_NOFILE, (65536 if hard < 0 else min(hard, 65536), hard))
+        # An upload takes two descriptors; the usual soft limit of 1,024 would end at 500 of them.
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (65536 if hard < 0 else min(hard, 65536), hard))
         service = Service(chosen, storage, pipeline)
         service.db.notify = asyncio.get_running_loop().call_soon_threadsafe
         tasks = [asyncio.create_task(remove_deleted_files(service)), asyncio.create_task(follow_server(service))]
@@ -1236,10 +1233,11 @@ async def remove_deleted_files(service: Service) -> None:
             if removed:
                 await run_in_threadpool(service.storage.sync)
                 await written(service.db.forget_files(removed))
-            await asyncio.sleep(1)
+            else:
+                await asyncio.sleep(1)
         except Exception as failure:
             log_event("storage_error", logging.ERROR, failure=failure)
-            await asyncio.sleep(60)
+            await asyncio.sleep(5)
 
 
 async def follow_server(service: Service) -> None:
@@ -1261,7 +1259,8 @@ async def follow_server(service: Service) -> None:
                 idle_ms = int(1000 * service.settings.upload_idle_seconds)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, idle_ms)
             host, port, *_ = sock.getsockname()
-            log_event("started", docs=f"http://{host}:{port}{server.config.root_path}/docs")
+            address = f"[{host}]:{port}" if sock.family == socket.AF_INET6 else f"{host}:{port}"
+            log_event("started", docs=f"http://{address}{server.config.root_path}/docs")
     while not server.should_exit:
         await asyncio.sleep(0.1)
     service.begin_exit()

@@ -190,7 +190,7 @@ class Incoming:
         return file
 
     def finish(self) -> None:
-        """Writes the rest and publishes the file, unless that is done. A DOCX is checked before: BadDocument."""
+        """Writes the rest and publishes the file, unless it is published. A DOCX is checked before: BadDocument."""
         if not self._published:
             file = self.flush()
             if self.media_type == DOCX:
