@@ -207,10 +207,11 @@ class ProcessingError(BaseModel):
 
 class StatusOut(BaseModel):
     model_config = answer(
-        document_id="5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11", status="PROCESSING", progress=50, message="classifying",
-        attempts=1, request_id="8f14e45f", created_at="2026-01-31T12:00:00.000000Z",
-        updated_at="2026-01-31T12:00:01.000000Z", started_at="2026-01-31T12:00:00.500000Z", finished_at=None,
-        error=None)
+        document_id="5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11", status="FAILED", progress=0, attempts=1,
+        message="The PDF has no end-of-file marker.", request_id="8f14e45f", created_at="2026-01-31T12:00:00.000000Z",
+        updated_at="2026-01-31T12:00:02.000000Z", started_at="2026-01-31T12:00:01.000000Z",
+        finished_at="2026-01-31T12:00:02.000000Z", error={
+            "code": "damaged_document", "message": "The PDF has no end-of-file marker.", "retryable": False})
     document_id: uuid.UUID
     status: Status
     progress: int = Field(ge=0, le=100)
@@ -227,7 +228,8 @@ class StatusOut(BaseModel):
 class ResultOut(BaseModel):
     model_config = answer(
         document_id="5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11", status="COMPLETED",
-        completed_at="2026-01-31T12:00:03.000000Z", result={"summary": "A simulated summary."})
+        completed_at="2026-01-31T12:00:03.000000Z", result={
+            "document_type": "PDF", "summary": "A simulated summary of report.pdf.", "keywords": ["simulated"]})
     document_id: uuid.UUID
     status: Status
     completed_at: Timestamp
@@ -269,6 +271,8 @@ PROBLEMS: dict[str, tuple[int, str, dict[str, str]]] = {
 }
 PROBLEM_SCHEMA = {
     "title": "Problem", "description": "RFC 9457. `code` is for programs, `detail` for people.", "type": "object",
+    "example": {"title": "Not Found", "status": 404, "detail": PROBLEMS["not_found"][1], "code": "not_found",
+                "request_id": "8f14e45f"},
     "required": ["title", "status", "detail", "code", "request_id"], "properties": {
         "title": {"type": "string"}, "status": {"type": "integer"}, "detail": {"type": "string"},
         "code": {"type": "string", "enum": list(PROBLEMS), "description": ", ".join(
@@ -914,8 +918,8 @@ LOGINS_AT_ONCE = 10  # of one throttle key
 def form_or_json(model: type[BaseModel]) -> dict[str, Any]:
     content = {"schema": model.model_json_schema()}
     return {
-        "parameters": [{"name": "X-Request-ID", "in": "header", "schema": {
-            "type": "string", "pattern": f"^{REQUEST_ID.pattern}$"}}],
+        "parameters": [{"name": "X-Request-ID", "in": "header", "required": False, "description": "of answer and log",
+                        "schema": {"type": "string", "pattern": f"^{REQUEST_ID.pattern}$"}}],
         "requestBody": {"required": True, "content": {
             "application/x-www-form-urlencoded": content, "application/json": content}}}
 
@@ -1035,7 +1039,7 @@ router.routes.append(Route("/documents/upload", upload, methods=["POST"]))
 router.add_api_route(
     "/documents/upload", upload, methods=["POST"], tags=["documents"], summary="Upload a PDF or DOCX",
     status_code=201, response_model=DocumentOut, dependencies=[Depends(signed_in)], openapi_extra={
-        "parameters": [{"name": "Idempotency-Key", "in": "header", "required": False,
+        "parameters": [{"name": "Idempotency-Key", "in": "header", "required": False, "description": "one a file",
                         "schema": {"type": "string", "pattern": f"^{IDEMPOTENCY_KEY}$"}}],
         "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {
             "type": "object", "required": ["file"],

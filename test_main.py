@@ -539,6 +539,24 @@ def test_of_parallel_guesses_only_five_are_answered(tmp_path: Path) -> None:
         assert guess(client, PASSWORD) == 429
 
 
+def test_a_right_guess_among_wrong_ones_is_not_told_apart(tmp_path: Path, monkeypatch: Patch) -> None:
+    verify, arrived, go = auth.verify_password, threading.Event(), threading.Event()
+
+    def held(password: str, password_hash: str | None) -> bool:
+        if password == PASSWORD:
+            arrived.set()
+            assert go.wait(30)
+        return verify(password, password_hash)
+
+    with running(settings_in(tmp_path)) as client, ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(auth, "verify_password", held)
+        right = pool.submit(guess, client, PASSWORD)
+        assert arrived.wait(30)  # it was let in before there was any failure
+        assert [guess(client, "wrong") for _ in range(6)] == [401] * 5 + [429]
+        go.set()
+        assert right.result() == 429
+
+
 def test_guesses_from_one_ipv6_network_are_throttled(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setenv("FORWARDED_ALLOW_IPS", "127.0.0.1")
     with running(settings_in(tmp_path)) as client:
