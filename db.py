@@ -222,6 +222,10 @@ class Database:
         self._queue: SimpleQueue[Write] = SimpleQueue()
         self._closed = False
         self._lock_file = path.with_name(path.name + ".lock")
+        wal = path.with_name(path.name + "-wal")
+        missing = not path.exists() or not path.stat().st_size
+        if missing and (next(keys(), None) or (wal.exists() and wal.stat().st_size)):  # SQLite would remove the latter
+            raise UnusableDatabase(f"there are stored files, but {path} is missing: was it lost?")
         open(path, "ab", opener=private).close()  # SQLite gives its other files the same mode
         self._w, self._r = (sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
                             for _ in range(2))
@@ -239,7 +243,7 @@ class Database:
         if version > len(MIGRATIONS) or (tables and not version):
             raise UnusableDatabase(f"{path} belongs to another program or to a later version of this one")
         if not tables and next(keys(), None):
-            raise UnusableDatabase(f"there are stored files, but {path} is missing or has no tables: was it lost?")
+            raise UnusableDatabase(f"there are stored files, but {path} has no tables: was it lost?")
         for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "temp_store = MEMORY"):
             self._w.execute(f"PRAGMA {pragma}")
         if version < len(MIGRATIONS):
@@ -499,14 +503,14 @@ class Database:
             "DELETE FROM documents WHERE document_id = ? AND owner_id = ?", (document_id, owner_id)).rowcount == 1
 
     def deleted_files(self, limit: int = -1) -> list[str]:
-        """Ids of documents whose files are to be removed: all, or any few, so that a file that can't be removed is not
-        always among them."""
+        """Ids of documents whose files are to be removed: all, or any few, so that a file that can't be removed does
+        not hold up others."""
         rows = self._r.execute("SELECT document_id FROM deleted_files ORDER BY random() LIMIT ?", (limit,))
         return [document_id for (document_id,) in rows]
 
     @write
-    def forget_files(self, document_ids: Sequence[str]) -> None:
-        self._w.executemany("DELETE FROM deleted_files WHERE document_id = ?", [(each,) for each in document_ids])
+    def forget_file(self, document_id: str) -> None:
+        self._w.execute("DELETE FROM deleted_files WHERE document_id = ?", (document_id,))
 
     def _list_deleted_file(self, document_id: str) -> None:
         self._w.execute("INSERT OR IGNORE INTO deleted_files VALUES (?)", (document_id,))

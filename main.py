@@ -54,7 +54,7 @@ from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
 from fastapi.security import OAuth2PasswordBearer
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Json, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Json, ValidationError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, MultipartState, parse_options_header
 from starlette.concurrency import run_in_threadpool
@@ -79,11 +79,17 @@ class UnusableSetting(Exception):
     """A setting has a bad value; the text names it and says what it wants, never the value."""
 
 
+def long_enough(secret: str) -> str:
+    if len(secret.encode()) < 32:
+        raise ValueError("should have at least 32 bytes")
+    return secret
+
+
 class Settings(BaseModel, frozen=True, populate_by_name=True, alias_generator=lambda name: f"DOCS_{name.upper()}"):
     """Each is read from the environment variable DOCS_ and its name in capitals."""
 
     data_dir: Annotated[Path, BeforeValidator(lambda path: os.path.expanduser(path) or None)] = Path("data")
-    jwt_secret: str | None = Field(None, min_length=32, repr=False)
+    jwt_secret: Annotated[str, AfterValidator(long_enough)] | None = Field(None, repr=False)
     admin_username: str = Field("admin", min_length=1, max_length=128)
     admin_password: str | None = Field(None, min_length=8, max_length=1024, repr=False)
     access_token_seconds: int = Field(900, ge=1, le=10**9)
@@ -501,7 +507,8 @@ def open_stores(settings: Settings, storage: Storage | None = None) -> tuple[Dat
     """The database, and the storage of the documents' files: the one given, or the folder `files`."""
     folder = settings.data_dir
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for each in reversed([folder, *folder.parents]):
+            each.mkdir(mode=0o700, exist_ok=True)
         fsync_folder(folder.parent)
     except OSError as error:
         raise UnusableSetting(f"DOCS_DATA_DIR: should be a folder that can be used ({error.strerror})") from error
@@ -582,7 +589,7 @@ HELD_BY_ONE, HELD_BY_ALL = 2 * 2**20, 24 * 2**20  # bytes that uploads keep in m
 
 async def body_chunks(request: Request, limit: int, seconds: float) -> AsyncIterator[bytes]:
     """The body as it comes, which may take so many seconds, and be silent for the idle time."""
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
+    if any(encoding.lower() != "identity" for encoding in request.headers.getlist("content-encoding")):
         raise Problem("unsupported_media_type", "Send the body without a Content-Encoding.")
     if int(request.headers.get("content-length", 0)) > limit:
         raise Problem("too_large")
@@ -801,7 +808,7 @@ class Worker:
         self._unstarted = threading.BoundedSemaphore(settings.process_workers)  # taken by calls that have yet to look
         self._run_ids: set[str] = set()
         self.stopping = threading.Event()  # no new runs
-        self._ended = threading.Event()  # no more progress either
+        self.ended = threading.Event()  # no more progress either
         self._keeper = threading.Thread(target=self._keep_leases, name="keeper", daemon=True)
         self._keeper.start()
 
@@ -814,7 +821,7 @@ class Worker:
         """Lets runs finish until `deadline` (monotonic). Those that go on then are taken over after their lease."""
         while self._run_ids and time.monotonic() < deadline:
             time.sleep(0.02)
-        self._ended.set()
+        self.ended.set()
         self._keeper.join()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -857,7 +864,7 @@ class Worker:
     def _call_pipeline(self, run_id: str, document: Document) -> str:
         """The result as JSON, or ProcessingFailed; RunLost."""
         def progress(percent: int, message: str) -> None:
-            if self._ended.is_set():
+            if self.ended.is_set():
                 raise RunLost
             percent = max(0, min(int(percent), 99))
             try:
@@ -882,7 +889,7 @@ class Worker:
 
     def _keep_leases(self) -> None:
         lease_seconds = self._settings.lease_seconds
-        while not self._ended.wait(min(1.0, lease_seconds / 4)):
+        while not self.ended.wait(min(1.0, lease_seconds / 4)):
             try:
                 lost, waiting = self._db.keep_leases(
                     list(self._run_ids), lease_seconds, self._settings.max_attempts).result(WRITE_SECONDS)
@@ -918,8 +925,8 @@ LOGINS_AT_ONCE = 10  # of one throttle key
 def form_or_json(model: type[BaseModel]) -> dict[str, Any]:
     content = {"schema": model.model_json_schema()}
     return {
-        "parameters": [{"name": "X-Request-ID", "in": "header", "required": False, "description": "of answer and log",
-                        "schema": {"type": "string", "pattern": f"^{REQUEST_ID.pattern}$"}}],
+        "parameters": [{"name": "X-Request-ID", "in": "header", "required": False,
+                        "description": f"for answer and log: {REQUEST_ID.pattern}", "schema": {"type": "string"}}],
         "requestBody": {"required": True, "content": {
             "application/x-www-form-urlencoded": content, "application/json": content}}}
 
@@ -1074,7 +1081,7 @@ async def get_one(document: OwnDocument) -> Document:
     return document
 
 
-BINARY = {"schema": {"type": "string", "format": "binary"}}
+BINARY = {"schema": {"type": "string", "format": "binary"}, "example": "%PDF-1.7 ..."}
 
 
 @router.get("/documents/{document_id:uuid}/file", tags=["documents"], summary="Download the stored file",
@@ -1206,7 +1213,7 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (65536 if hard < 0 else min(hard, 65536), hard))
         service = Service(chosen, storage, pipeline)
-        service.db.notify = asyncio.get_running_loop().call_soon_threadsafe
+        service.db.notify = functools.partial(call_on_loop, asyncio.get_running_loop(), service)
         tasks = [asyncio.create_task(remove_deleted_files(service)), asyncio.create_task(follow_server(service))]
         yield {"service": service}
         for task in tasks:
@@ -1227,21 +1234,28 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
     return application
 
 
+def call_on_loop(loop: asyncio.AbstractEventLoop, service: Service, call: Callable[[], None]) -> None:
+    try:
+        loop.call_soon_threadsafe(call)
+    except RuntimeError:  # the loop is closed: at a second Ctrl-C uvicorn leaves out the end of the lifespan
+        service.worker.stopping.set()
+        service.worker.ended.set()
+        call()
+
+
 async def remove_deleted_files(service: Service) -> None:
     """Removes the files of deleted documents from the storage, whatever process deleted the documents."""
     while True:
         try:
-            removed = service.db.deleted_files(20)
+            removed = service.db.deleted_files(1)
             for document_id in removed:
                 await run_in_threadpool(service.storage.delete, document_id)
-            if removed:
                 await run_in_threadpool(service.storage.sync)
-                await written(service.db.forget_files(removed))
-            else:
-                await asyncio.sleep(1)
+                await written(service.db.forget_file(document_id))
+            await asyncio.sleep(0 if removed else 1)
         except Exception as failure:
             log_event("storage_error", logging.ERROR, failure=failure)
-            await asyncio.sleep(5)
+            await asyncio.sleep(1)
 
 
 async def follow_server(service: Service) -> None:

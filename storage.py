@@ -77,7 +77,7 @@ class LocalStorage:
         fsync_folder(folder.parent)
         for path in folder.glob("*.part"):
             with contextlib.suppress(FileNotFoundError):  # another process removed or published it
-                if path.stat().st_mtime < time.time() - 86400:  # an upload may take an hour
+                if abs(time.time() - path.stat().st_mtime) > 86400:  # an upload may take an hour
                     path.unlink()
 
     def create(self, key: str) -> BinaryIO:

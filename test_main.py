@@ -360,8 +360,7 @@ def test_no_file_is_removed_because_the_database_does_not_know_it(tmp_path: Path
     (folder / "a-stray").write_bytes(PDF)
     os.utime(folder / "a-stray", (0, 0))
     with running(settings) as client:
-        deleted = uploaded(client)
-        assert client.delete(deleted).status_code == 204
+        assert client.delete(deleted := uploaded(client)).status_code == 204
         until(lambda: id_in(deleted) not in stored_files(settings))
         assert stored_files(settings) == sorted(["a-stray", id_in(kept), id_in(lost)])
         (folder / id_in(lost)).unlink()
@@ -369,8 +368,8 @@ def test_no_file_is_removed_because_the_database_does_not_know_it(tmp_path: Path
         status = processed(client, lost)
         assert [status["status"], status["attempts"], status["error"]["code"], status["error"]["retryable"]] == [
             "FAILED", 1, "file_missing", False]
-    run = subprocess.run([sys.executable, "main.py", "check"], cwd=HERE, text=True, capture_output=True,
-                         env={**os.environ, "DOCS_DATA_DIR": str(settings.data_dir)})
+    variables = {**os.environ, "DOCS_DATA_DIR": str(settings.data_dir)}
+    run = subprocess.run([sys.executable, "main.py", "check"], cwd=HERE, text=True, capture_output=True, env=variables)
     assert run.returncode == 1 and str(settings.data_dir) in run.stdout
     assert ["a-stray" in run.stdout, *(id_in(path) in run.stdout for path in (lost, kept, deleted))] == [
         True, True, False, False]
@@ -382,7 +381,7 @@ def make_database(file: Path, version: int, tables: int = 1) -> None:
 
 
 @pytest.mark.parametrize("spoil, told", [
-    (lambda file: None, "there are stored files, but .* is missing or has no tables"),
+    (lambda file: None, "there are stored files, but .* is missing"),
     (lambda file: make_database(file, 0, 0), "there are stored files, but .* has no tables"),
     (lambda file: file.write_bytes(b"This is no database. " * 1000), "not a database"),
     (lambda file: make_database(file, 99), "later version"),
@@ -393,11 +392,21 @@ def test_an_unusable_database_is_left_as_it_is(tmp_path: Path, spoil: Callable[[
     stored.parent.mkdir(parents=True)
     stored.touch()
     spoil(file)
-    before = file.is_file() and file.read_bytes()
+    before = file.exists() and (file.is_dir() or file.read_bytes())
     code, output = command(settings_in(tmp_path), "add-user", "eve", typed=PASSWORD)
     assert code == 1 and re.search(told, output, re.IGNORECASE) and output.count("\n") == 1
-    assert not before or file.read_bytes() == before
-    assert stored.exists()
+    assert (file.exists() and (file.is_dir() or file.read_bytes())) == before and stored.exists()
+
+
+def test_a_refused_start_touches_nothing(tmp_path: Path) -> None:
+    with Server(tmp_path) as server, server.client() as client:
+        path = uploaded(client)
+        server.process.kill()
+    database = (tmp_path / "data" / "documents.db").rename(tmp_path / "moved")  # its write-ahead log stays behind
+    assert Server(tmp_path).refuses_to_start().startswith("db.UnusableDatabase: ")
+    database.rename(tmp_path / "data" / "documents.db")
+    with Server(tmp_path) as server, server.client() as client:
+        assert client.get(path).status_code == 200
 
 
 def test_what_is_unusable_stops_the_start_with_one_line(tmp_path: Path) -> None:
@@ -2117,6 +2126,17 @@ def test_exit_is_bounded_whatever_is_under_way(tmp_path: Path, caplog: pytest.Lo
     requeued, = (record for record in caplog.records if record.msg == "process_requeued")
     assert json.loads(main.JsonFormatter().format(requeued)).items() >= {
         "document_id": id_in(path), "attempt": 1, "request_id": status["request_id"]}.items()
+
+
+def test_exit_is_bounded_at_a_second_ctrl_c(tmp_path: Path) -> None:
+    with Server(tmp_path, DOCS_PROCESS_SECONDS="1") as server, server.client() as client:
+        for path in [uploaded(client) for _ in range(20)]:
+            client.post(f"{path}/process")
+        for _ in range(2):
+            server.process.send_signal(signal.SIGINT)
+            time.sleep(0.02)
+        server.process.wait(5)  # all would take 5 seconds, and one that waits for the database 10
+    assert "Exception in thread" not in server.output()
 
 
 def test_exit_is_bounded_while_nobody_can_write(tmp_path: Path) -> None:
