@@ -25,7 +25,6 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
-private = functools.partial(os.open, mode=0o600)  # an `opener` of files that only their owner may read
 
 # PRAGMA user_version is the number of these that have run.
 MIGRATIONS = ("""
@@ -221,12 +220,12 @@ class Database:
         self._sync = sync
         self._queue: SimpleQueue[Write] = SimpleQueue()
         self._closed = False
-        self._lock_file = path.with_name(path.name + ".lock")
+        self._lock_file = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
         wal = path.with_name(path.name + "-wal")
         missing = not path.exists() or not path.stat().st_size
         if missing and (next(keys(), None) or (wal.exists() and wal.stat().st_size)):  # SQLite would remove the latter
             raise UnusableDatabase(f"there are stored files, but {path} is missing: was it lost?")
-        open(path, "ab", opener=private).close()  # SQLite gives its other files the same mode
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite gives its other files the same mode
         self._w, self._r = (sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
                             for _ in range(2))
         with self.lock():
@@ -254,9 +253,11 @@ class Database:
     def lock(self) -> Iterator[None]:
         """One process at a time, the others wait in the kernel; SQLite's own lock would make them sleep and retry. And
         no two connections may write or checkpoint at the same moment before SQLite 3.51.3 (the WAL-reset bug)."""
-        with open(self._lock_file, "ab", opener=private) as file:  # closing it unlocks
-            fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(self._lock_file, fcntl.LOCK_EX)
+        try:
             yield
+        finally:
+            fcntl.flock(self._lock_file, fcntl.LOCK_UN)
 
     def close(self) -> None:
         """Finishes what was submitted. Under the lock, since closing a connection checkpoints too."""
@@ -267,6 +268,7 @@ class Database:
         with self.lock():
             self._r.close()
             self._w.close()
+        os.close(self._lock_file)
 
     # The committer
 
@@ -290,8 +292,9 @@ class Database:
     def _commit_batch(self, batch: list[Write]) -> None:
         """Prepares side by side, then one sync, then one transaction."""
         to_prepare = [each for each in batch if each.prepare]
-        slices = [to_prepare[start::SIDE_BY_SIDE] for start in range(SIDE_BY_SIDE)]
-        others = self._helpers.map(self._prepare, filter(None, slices[1:]))
+        threads = min(SIDE_BY_SIDE, 1 + len(to_prepare) // 4)  # for fewer, waiting for Python's lock costs more
+        slices = [to_prepare[start::threads] for start in range(threads)]
+        others = self._helpers.map(self._prepare, slices[1:])
         self._prepare(slices[0])
         list(others)  # waits
         if to_prepare:
