@@ -292,7 +292,7 @@ class Database:
     def _commit_batch(self, batch: list[Write]) -> None:
         """Prepares side by side, then one sync, then one transaction."""
         to_prepare = [each for each in batch if each.prepare]
-        threads = min(SIDE_BY_SIDE, 1 + len(to_prepare) // 4)  # for fewer, waiting for Python's lock costs more
+        threads = min(SIDE_BY_SIDE, 1 + len(to_prepare) // 8)  # for fewer, waiting for Python's lock costs more
         slices = [to_prepare[start::threads] for start in range(threads)]
         others = self._helpers.map(self._prepare, slices[1:])
         self._prepare(slices[0])

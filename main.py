@@ -25,6 +25,7 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import resource
 import secrets
@@ -374,7 +375,7 @@ class RequestMiddleware:
         start, request = time.perf_counter(), Request(scope)
         request_id = request.headers.get("x-request-id", "")
         if not REQUEST_ID.fullmatch(request_id):
-            request_id = str(uuid.uuid4())
+            request_id = str(uuid.UUID(int=random.getrandbits(128), version=4))  # it names a request, it is no secret
         request_id_of_context.set(request_id)
         exchange = Exchange(request, receive, send, request_id)
         # uvicorn leaves out the body of an answer to HEAD by itself.
