@@ -2,7 +2,8 @@
 
 One thread, the committer, owns the one connection that writes, and commits what waits in one transaction (group
 commit): the more writes wait, the fewer fsyncs each pays for. Methods marked `@write` run there and return a Future;
-the others read on the thread of their caller, which is always the event loop's. Readers never wait for writers (WAL).
+the others read on the thread of their caller, always the same one: in a server that of the event loop. Readers never
+wait for writers (WAL).
 """
 import contextlib
 import copy
@@ -302,7 +303,7 @@ class Database:
                 self._sync()
             except BaseException as error:  # and no second try: it could succeed without what the first one lost
                 fail_all(to_prepare, error)
-        self._transact([each for each in batch if each.error is None])
+        self._transact([each for each in batch if each.error is None or each.future.cancelled()])
 
     @staticmethod
     def _prepare(some: Sequence[Write]) -> None:

@@ -481,8 +481,6 @@ class Service:
         self.settings, folder = settings, settings.data_dir
         self.db, self.storage = open_stores(settings, storage)
         self.signer = auth.TokenSigner((settings.jwt_secret or secret_file(self.db, folder / "jwt-secret")).encode())
-        self.worker = Worker(self.db, self.storage, pipeline or functools.partial(
-            simulated_pipeline, seconds=settings.process_seconds), settings)
         self.open_uploads = 0
         self.password_checks = asyncio.Semaphore(2)  # scrypt takes 16 MiB and a processor
         self.logins: Counter[str] = Counter()  # under way, by throttle key
@@ -493,6 +491,8 @@ class Service:
             self.db.add_first_user(settings.admin_username, auth.hash_password(password)).result()
             log_event("first_user_added", user=settings.admin_username, password_is_in=(
                 "DOCS_ADMIN_PASSWORD" if settings.admin_password else str(file)))
+        self.worker = Worker(self.db, self.storage, pipeline or functools.partial(
+            simulated_pipeline, seconds=settings.process_seconds), settings)
 
     def begin_exit(self) -> None:
         """No new runs and no more long polls; what runs now has its grace."""
@@ -518,7 +518,8 @@ def open_stores(settings: Settings, storage: Storage | None = None) -> tuple[Dat
 
 
 def secret_file(db: Database, path: Path) -> str:
-    """The secret in this file, made when there is none. Of several processes at once, one makes it."""
+    """The secret in this file, made when there is none. Of several processes at once, one makes it. Before any write of
+    this process, since the lock is the committer's too."""
     with db.lock():
         if not path.exists() or not path.stat().st_size:
             with open(path, "w", opener=private) as file:
@@ -1228,7 +1229,8 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
     logging_is_ours = configure_logging()
     application = FastAPI(
         title="Document Lifecycle API", version="1.0.0", description=DESCRIPTION, lifespan=lifespan,
-        redirect_slashes=False, redoc_url=None, telemetry={"tracing": False, "metrics": False, "logs": False},
+        redirect_slashes=False, redoc_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # OpenTelemetry, which nothing here collects
         exception_handlers={kind: answer_problem for kind in HANDLED})
     application.add_middleware(RequestMiddleware)
     application.router.routes[:0] = router.routes  # `include_router` would match each request twice
@@ -1321,10 +1323,14 @@ def main(storage: Storage | None = None) -> int:
 
 def read_password() -> str:
     if not sys.stdin.isatty():
-        password = sys.stdin.readline().rstrip("\r\n")
-    elif (password := getpass.getpass("Password: ")) != getpass.getpass("Once more: "):
-        raise ValueError("the two passwords differ")
-    return password
+        return sys.stdin.readline().rstrip("\r\n")
+    try:
+        password = getpass.getpass("Password: ")
+        if getpass.getpass("Once more: ") != password:
+            raise ValueError("the two passwords differ")
+        return password
+    except (EOFError, KeyboardInterrupt):
+        raise ValueError("no password was given") from None
 
 
 def check_files(db: Database, storage: Storage, folder: Path) -> int:
