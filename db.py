@@ -325,10 +325,8 @@ class Database:
                 committing = True
         except BaseException as error:
             full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL  # then nothing was committed
-            if committing:
-                return fail_all(batch, error if full else InDoubt(str(error)))
-            if len(batch) == 1:
-                return fail_all(batch, error)
+            if committing or len(batch) == 1:
+                return fail_all(batch, InDoubt(str(error)) if committing and not full else error)
             for each in batch:
                 self._transact([each])
 

@@ -488,9 +488,9 @@ class Service:
         if not self.db.has_users():
             file = folder / "initial-password"
             password = settings.admin_password or secret_file(self.db, file)
-            self.db.add_first_user(settings.admin_username, auth.hash_password(password)).result()
-            log_event("first_user_added", user=settings.admin_username, password_is_in=(
-                "DOCS_ADMIN_PASSWORD" if settings.admin_password else str(file)))
+            if self.db.add_first_user(settings.admin_username, auth.hash_password(password)).result():
+                log_event("first_user_added", user=settings.admin_username, password_is_in=(
+                    "DOCS_ADMIN_PASSWORD" if settings.admin_password else str(file)))
         self.worker = Worker(self.db, self.storage, pipeline or functools.partial(
             simulated_pipeline, seconds=settings.process_seconds), settings)
 
@@ -734,7 +734,7 @@ def shown_filename(name: str) -> str:
 
 
 async def read_file(request: Request, form: MultipartFile) -> Incoming:
-    """Reads the body. A small PDF is still in memory then; what is large, or takes long to finish, is finished."""
+    """Reads the body. A small PDF is still to be published then; any other file is published."""
     service = service_of(request)
     async for chunk in body_chunks(request, service.settings.max_upload_bytes + SMALL_BODY, UPLOAD_SECONDS):
         form.feed(chunk)
@@ -1212,8 +1212,9 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
         for name in ("", "uvicorn", "uvicorn.error") if logging_is_ours else ("documents",):
             logging.getLogger(name).setLevel(chosen.log_level)
         # An upload takes two descriptors; the usual soft limit of 1,024 would end at 500 of them.
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (65536 if hard < 0 else min(hard, 65536), hard))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if 0 <= soft < 65536:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (65536 if hard < 0 else min(hard, 65536), hard))
         service = Service(chosen, storage, pipeline)
         service.db.notify = functools.partial(call_on_loop, asyncio.get_running_loop(), service)
         tasks = [asyncio.create_task(remove_deleted_files(service)), asyncio.create_task(follow_server(service))]
