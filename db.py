@@ -180,10 +180,9 @@ def utc_now() -> str:
 class Write:
     """A write on its way to the disk. Whoever gives up waiting cancels `future`; then `operation` is not run."""
 
-    operation: Callable[..., Any]
-    prepare: Callable[[], Any] | None = None  # puts on disk what the row needs; `operation` gets its result
+    operation: Callable[[], Any]
+    prepare: Callable[[], None] | None = None  # puts on disk what the row needs, before the transaction
     withdraw: Callable[[], None] | None = None  # runs in the transaction instead of a cancelled operation
-    prepared: tuple[Any, ...] = ()
     future: Future[Any] = field(default_factory=Future)
     result: Any = None
     error: BaseException | None = None
@@ -232,7 +231,7 @@ class Database:
         with self.lock():
             self._migrate(path, keys)
         self._r.execute("PRAGMA query_only = ON")
-        self._helpers = ThreadPoolExecutor(SIDE_BY_SIDE - 1, "prepare")
+        self._helpers = ThreadPoolExecutor(SIDE_BY_SIDE, "prepare")
         self._committer = threading.Thread(target=self._commit_forever, name="committer", daemon=True)
         self._committer.start()
 
@@ -294,10 +293,7 @@ class Database:
         """Prepares side by side, then one sync, then one transaction."""
         to_prepare = [each for each in batch if each.prepare]
         threads = min(SIDE_BY_SIDE, 1 + len(to_prepare) // 8)  # for fewer, waiting for Python's lock costs more
-        slices = [to_prepare[start::threads] for start in range(threads)]
-        others = self._helpers.map(self._prepare, slices[1:])
-        self._prepare(slices[0])
-        list(others)  # waits
+        list(self._helpers.map(self._prepare, [to_prepare[start::threads] for start in range(threads)]))
         if to_prepare:
             try:
                 self._sync()
@@ -310,7 +306,7 @@ class Database:
         for each in some:
             try:
                 if each.prepare and not each.future.cancelled():
-                    each.prepared = (each.prepare(),)
+                    each.prepare()
             except BaseException as error:  # raised again by the future, where the caller waits
                 each.error = error
 
@@ -335,7 +331,7 @@ class Database:
         each.error = None
         try:
             if not each.future.cancelled():
-                each.result = each.operation(*each.prepared)
+                each.result = each.operation()
             elif each.withdraw:
                 each.withdraw()
         except Refused as refusal:
@@ -452,11 +448,13 @@ class Database:
 
     # Documents
 
-    def add_document(self, document_id: str, finish: Callable[[], Document]) -> Future[Document]:
-        """`finish` publishes the file and tells the row. The result is that document, or the one that its owner
-        uploaded under its key before; KeyReused when that one has another content; OwnerGone. A file that was finished
-        and gets no row is listed in `deleted_files`."""
-        return self.submit(Write(self._add_document, finish, functools.partial(self._list_deleted_file, document_id)))
+    def add_document(self, document_id: str, publish: Callable[[], None],
+                     row: Callable[[], Document]) -> Future[Document]:
+        """Adds what `row` returns once `publish` has published the file. The result is that document, or the one that
+        its owner uploaded under its key before; KeyReused when that one has another content; OwnerGone. A published
+        file that gets no row is listed in `deleted_files`."""
+        return self.submit(Write(lambda: self._add_document(row()), publish,
+                                 lambda: self._list_deleted_file(document_id)))
 
     def _add_document(self, new: Document) -> Document:
         added = self._w.execute(

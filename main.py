@@ -39,7 +39,7 @@ import traceback
 import unicodedata
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from datetime import datetime, timezone
@@ -129,9 +129,12 @@ class JsonFormatter(logging.Formatter):
     pipe(7)) and the lines of several workers do not mix."""
 
     def format(self, record: logging.LogRecord) -> str:
+        event = record.getMessage()
+        if event.startswith("Traceback"):  # Starlette's word for a start that failed; the last line says why
+            event = event.strip().rpartition("\n")[2]
         entry: dict[str, Any] = {
             "timestamp": utc_text(datetime.fromtimestamp(record.created, timezone.utc)), "level": record.levelname,
-            "logger": record.name, "event": record.getMessage()[-1000:]}
+            "logger": record.name, "event": event[-1000:]}
         if request_id := request_id_of_context.get():
             entry["request_id"] = request_id
         for name, value in getattr(record, "fields", {}).items():
@@ -371,7 +374,7 @@ class RequestMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return await self.app(scope, receive, short_startup_failure(send))
+            return await self.app(scope, receive, send)
         start, request = time.perf_counter(), Request(scope)
         request_id = request.headers.get("x-request-id", "")
         if not REQUEST_ID.fullmatch(request_id):
@@ -451,15 +454,6 @@ class Exchange:
                     drained += len((await self.receive()).get("body", b""))
 
 
-def short_startup_failure(send: Send) -> Send:
-    """Starlette tells the server the whole traceback of what stopped the start; its last line is for people."""
-    async def send_short(message: Message) -> None:
-        if message["type"] == "lifespan.startup.failed":
-            message["message"] = message["message"].strip().rpartition("\n")[2]
-        await send(message)
-    return send_short
-
-
 def client_address(request: Request) -> str:
     return request.client.host if request.client else "unknown"
 
@@ -484,7 +478,7 @@ class Service:
         self.open_uploads = 0
         self.password_checks = asyncio.Semaphore(2)  # scrypt takes 16 MiB and a processor
         self.logins: Counter[str] = Counter()  # under way, by throttle key
-        self.exit_by, self.ready_until = math.inf, 0.0  # monotonic
+        self.ready_until = 0.0  # monotonic
         if not self.db.has_users():
             file = folder / "initial-password"
             password = settings.admin_password or secret_file(self.db, file)
@@ -494,14 +488,12 @@ class Service:
         self.worker = Worker(self.db, self.storage, pipeline or functools.partial(
             simulated_pipeline, seconds=settings.process_seconds), settings)
 
-    def begin_exit(self) -> None:
-        """No new runs and no more long polls; what runs now has its grace."""
-        self.exit_by = min(self.exit_by, time.monotonic() + self.settings.shutdown_seconds)
-        self.worker.stopping.set()
-
-    def close(self) -> None:
-        self.worker.close(self.exit_by)
-        self.db.close()
+    async def remove_deleted_files(self) -> None:
+        """Removes the files of deleted documents, whatever process deleted the documents."""
+        for document_id in self.db.deleted_files(1000):
+            await run_in_threadpool(self.storage.delete, document_id)
+            await run_in_threadpool(self.storage.sync)
+            await written(self.db.forget_file(document_id))
 
 
 def open_stores(settings: Settings, storage: Storage | None = None) -> tuple[Database, Storage]:
@@ -751,14 +743,13 @@ async def read_file(request: Request, form: MultipartFile) -> Incoming:
 async def make_durable(service: Service, user: User, idempotency_key: str | None, filename: str,
                        incoming: Incoming) -> Document:
     """Adds the row, once the file is published: the document, or the one that was uploaded under the key before."""
-    def finished_document() -> Document:
-        incoming.finish()
+    def row() -> Document:
         now = utc_now()
         return Document(
             incoming.key, user.user_id, filename, incoming.media_type, incoming.size, incoming.sha256.hexdigest(),
             Status.UPLOADED, now, now, idempotency_key=idempotency_key)
 
-    return await written(service.db.add_document(incoming.key, finished_document))
+    return await written(service.db.add_document(incoming.key, incoming.finish, row))
 
 
 # Processing
@@ -798,38 +789,51 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
 
 
 class Worker:
-    """Runs queued documents in a thread pool, and keeps the leases of those runs from one more thread.
+    """Runs queued documents in a thread pool.
 
-    The queue is in the database, shared by all processes. `wake` lets a thread look there; the keeper looks too, so
-    nothing depends on the process that took the request.
+    The queue is in the database, shared by all processes. `wake` lets an idle thread look there. `keep_leases` does so
+    too, so nothing depends on the process that took the request.
     """
 
     def __init__(self, db: Database, storage: Storage, pipeline: Pipeline, settings: Settings) -> None:
         self._db, self._storage, self._pipeline, self._settings = db, storage, pipeline, settings
         self._pool = ThreadPoolExecutor(settings.process_workers, "worker")
-        self._unstarted = threading.BoundedSemaphore(settings.process_workers)  # taken by calls that have yet to look
         self._run_ids: set[str] = set()
-        self.stopping = threading.Event()  # no new runs
-        self.ended = threading.Event()  # no more progress either
-        self._keeper = threading.Thread(target=self._keep_leases, name="keeper", daemon=True)
-        self._keeper.start()
+        self._stop_at = math.inf  # monotonic; no run begins once this is set, and no run goes on after it
+
+    @property
+    def stopping(self) -> bool:
+        return self._stop_at < math.inf
 
     def wake(self) -> None:
-        """Something waits. Calls that have not looked yet will see it, so one for each thread is enough."""
-        if not self.stopping.is_set() and self._unstarted.acquire(blocking=False):
+        """Something waits. A busy thread needs no call: it looks again when its run has ended."""
+        if not self.stopping and len(self._run_ids) < self._settings.process_workers:
             self._pool.submit(self._work)
 
-    def close(self, deadline: float) -> None:
-        """Lets runs finish until `deadline` (monotonic). Those that go on then are taken over after their lease."""
-        while self._run_ids and time.monotonic() < deadline:
-            time.sleep(0.02)
-        self.ended.set()
-        self._keeper.join()
+    def stop(self) -> None:
+        """Begins no more runs. Those that go on have the grace; the others are taken over after their lease."""
+        self._stop_at = min(self._stop_at, time.monotonic() + self._settings.shutdown_seconds)
+
+    async def close(self) -> None:
+        self.stop()
+        while self._run_ids and time.monotonic() < self._stop_at:
+            await asyncio.sleep(0.02)
         self._pool.shutdown(wait=False, cancel_futures=True)
 
+    async def keep_leases(self) -> None:
+        """Gives a sign of life for the runs of this process, and takes over runs whose process gives none."""
+        lost, waiting = await written(self._db.keep_leases(
+            list(self._run_ids), self._settings.lease_seconds, self._settings.max_attempts))
+        for document in lost:
+            if document.status == Status.FAILED:
+                log_run("process_failed", document, error="interrupted")
+            else:
+                log_run("process_requeued", document)
+        for _ in range(self._settings.process_workers if waiting else 0):
+            self.wake()
+
     def _work(self) -> None:
-        self._unstarted.release()
-        while not self.stopping.is_set() and self._run_next():
+        while not self.stopping and self._run_next():
             pass
 
     def _run_next(self) -> bool:
@@ -866,7 +870,7 @@ class Worker:
     def _call_pipeline(self, run_id: str, document: Document) -> str:
         """The result as JSON, or ProcessingFailed; RunLost."""
         def progress(percent: int, message: str) -> None:
-            if self.ended.is_set():
+            if time.monotonic() > self._stop_at:
                 raise RunLost
             percent = max(0, min(int(percent), 99))
             try:
@@ -889,23 +893,6 @@ class Worker:
             reason = f"The pipeline raised {type(failure).__name__}."
             raise ProcessingFailed("pipeline_error", reason, retryable=True) from failure
 
-    def _keep_leases(self) -> None:
-        lease_seconds = self._settings.lease_seconds
-        while not self.ended.wait(min(1.0, lease_seconds / 4)):
-            try:
-                lost, waiting = self._db.keep_leases(
-                    list(self._run_ids), lease_seconds, self._settings.max_attempts).result(WRITE_SECONDS)
-            except (sqlite3.Error, OSError) as failure:
-                log_event("storage_error", logging.ERROR, failure=failure)
-                continue
-            for document in lost:
-                if document.status == Status.FAILED:
-                    log_run("process_failed", document, error="interrupted")
-                else:
-                    log_run("process_requeued", document)
-            for _ in range(self._settings.process_workers if waiting else 0):
-                self.wake()
-
 
 def log_run(event: str, document: Document, start: float | None = None, *, failure: BaseException | None = None,
             **fields: Any) -> None:
@@ -927,8 +914,6 @@ LOGINS_AT_ONCE = 10  # of one throttle key
 def form_or_json(model: type[BaseModel]) -> dict[str, Any]:
     content = {"schema": model.model_json_schema()}
     return {
-        "parameters": [{"name": "X-Request-ID", "in": "header", "required": False,
-                        "description": f"for answer and log: {REQUEST_ID.pattern}", "schema": {"type": "string"}}],
         "requestBody": {"required": True, "content": {
             "application/x-www-form-urlencoded": content, "application/json": content}}}
 
@@ -1145,7 +1130,7 @@ async def get_status(document: OwnDocument, request: Request, response: Response
                      wait: Annotated[float, Query(ge=0, le=30, description="seconds")] = 0) -> Document:
     """With `wait` it answers when processing ends, or after that time. Error: `not_found`."""
     service, end = service_of(request), time.monotonic() + wait
-    while document.status == Status.PROCESSING and time.monotonic() < end and not service.worker.stopping.is_set():
+    while document.status == Status.PROCESSING and time.monotonic() < end and not service.worker.stopping:
         await asyncio.sleep(0.1)
         document = found(service.db.document(document.document_id, document.owner_id))
     if document.status == Status.PROCESSING:
@@ -1216,16 +1201,21 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
         if 0 <= soft < 65536:
             resource.setrlimit(resource.RLIMIT_NOFILE, (65536 if hard < 0 else min(hard, 65536), hard))
         service = Service(chosen, storage, pipeline)
-        service.db.notify = functools.partial(call_on_loop, asyncio.get_running_loop(), service)
-        tasks = [asyncio.create_task(remove_deleted_files(service)), asyncio.create_task(follow_server(service))]
-        yield {"service": service}
-        for task in tasks:
-            task.cancel()
-        service.begin_exit()
-        closing = threading.Thread(target=service.close, name="close", daemon=True)
-        closing.start()
-        while closing.is_alive() and time.monotonic() < service.exit_by + 1:  # a disk that hangs holds up no exit
-            await asyncio.sleep(0.02)
+        service.db.notify = asyncio.get_running_loop().call_soon_threadsafe
+        tasks = [asyncio.create_task(work) for work in (
+            follow_server(service), repeat(service.worker.keep_leases, min(1.0, chosen.lease_seconds / 4)),
+            repeat(service.remove_deleted_files, 1.0))]
+        try:
+            yield {"service": service}
+        finally:  # also at a second Ctrl-C, when uvicorn leaves out the end of the lifespan
+            await service.worker.close()
+            for task in tasks:
+                task.cancel()
+            closing = threading.Thread(target=service.db.close, name="close", daemon=True)
+            closing.start()
+            end = time.monotonic() + 1
+            while closing.is_alive() and time.monotonic() < end:  # a disk that hangs holds up no exit
+                await asyncio.sleep(0.02)
 
     logging_is_ours = configure_logging()
     application = FastAPI(
@@ -1238,34 +1228,19 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
     return application
 
 
-def call_on_loop(loop: asyncio.AbstractEventLoop, service: Service, call: Callable[[], None]) -> None:
-    try:
-        loop.call_soon_threadsafe(call)
-    except RuntimeError:  # the loop is closed: at a second Ctrl-C uvicorn leaves out the end of the lifespan
-        service.worker.stopping.set()
-        service.worker.ended.set()
-        call()
-
-
-async def remove_deleted_files(service: Service) -> None:
-    """Removes the files of deleted documents from the storage, whatever process deleted the documents."""
+async def repeat(action: Callable[[], Awaitable[None]], seconds: float) -> None:
     while True:
         try:
-            removed = service.db.deleted_files(1)
-            for document_id in removed:
-                await run_in_threadpool(service.storage.delete, document_id)
-                await run_in_threadpool(service.storage.sync)
-                await written(service.db.forget_file(document_id))
-            await asyncio.sleep(0 if removed else 1)
-        except Exception as failure:
+            await action()
+        except Exception as failure:  # the next round may get over it
             log_event("storage_error", logging.ERROR, failure=failure)
-            await asyncio.sleep(1)
+        await asyncio.sleep(seconds)
 
 
 async def follow_server(service: Service) -> None:
     """What uvicorn leaves to its app: socket options, and to hear of a shutdown before the last connection ended."""
     server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)  # its signal handler is a method
-    if not isinstance(server, uvicorn.Server) or threading.current_thread() is not threading.main_thread():
+    if not isinstance(server, uvicorn.Server):
         return
     grace = service.settings.shutdown_seconds
     server.config.timeout_graceful_shutdown = min(
@@ -1280,12 +1255,9 @@ async def follow_server(service: Service) -> None:
             if hasattr(socket, "TCP_USER_TIMEOUT"):
                 idle_ms = int(1000 * service.settings.upload_idle_seconds)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, idle_ms)
-            host, port, *_ = sock.getsockname()
-            address = f"[{host}]:{port}" if sock.family == socket.AF_INET6 else f"{host}:{port}"
-            log_event("started", docs=f"http://{address}{server.config.root_path}/docs")
     while not server.should_exit:
         await asyncio.sleep(0.1)
-    service.begin_exit()
+    service.worker.stop()
 
 
 # Commands
