@@ -59,6 +59,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, MultipartState, parse_options_header
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
@@ -428,23 +429,19 @@ class Exchange:
             self.status = message["status"]
             if self.unread and not self._waits_for_100:
                 await self._drain(0.05)  # a small rest is no reason to close the connection
-            await self._send({**message, "headers": self._complete(message["headers"])})
+            headers = MutableHeaders(scope=message)
+            headers.update({"X-Request-ID": self._request_id, "X-Content-Type-Options": "nosniff",
+                            "X-Frame-Options": "DENY"})
+            headers.setdefault("Cache-Control", "no-store")
+            if self.unread:
+                headers.setdefault("Connection", "close")
+            await self._send(message)
         elif self.unread and not message.get("more_body", False):
             await self._send({**message, "more_body": True})
             await self._drain(DRAIN_SECONDS)  # uvicorn sends no 100 any more
             await self._send({"type": "http.response.body"})
         else:
             await self._send(message)
-
-    def _complete(self, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-        names = {name.lower() for name, _ in headers}
-        headers = [*headers, (b"x-request-id", self._request_id.encode()), (b"x-content-type-options", b"nosniff"),
-                   (b"x-frame-options", b"DENY")]
-        if b"cache-control" not in names:
-            headers.append((b"cache-control", b"no-store"))
-        if self.unread and b"connection" not in names:
-            headers.append((b"connection", b"close"))
-        return headers
 
     async def _drain(self, seconds: float) -> None:
         drained = 0
@@ -1204,7 +1201,7 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
         service.db.notify = asyncio.get_running_loop().call_soon_threadsafe
         tasks = [asyncio.create_task(work) for work in (
             follow_server(service), repeat(service.worker.keep_leases, min(1.0, chosen.lease_seconds / 4)),
-            repeat(service.remove_deleted_files, 1.0))]
+            repeat(service.remove_deleted_files, 0.5))]
         try:
             yield {"service": service}
         finally:  # also at a second Ctrl-C, when uvicorn leaves out the end of the lifespan

@@ -180,13 +180,12 @@ class Incoming:
     def flush(self) -> BinaryIO:
         """Writes the pieces that are held. The file, which can be read and written."""
         file = self.file = self.file or self._storage.create(self.key)
-        for piece in self._pieces:
-            self.sha256.update(piece)
-            count = file.write(piece)
-            while count < len(piece):
-                count += file.write(piece[count:])
+        data = b"".join(self._pieces)
         self._pieces.clear()
         self.held = 0
+        self.sha256.update(data)
+        while data:
+            data = data[file.write(data):]
         return file
 
     def finish(self) -> None:
@@ -288,12 +287,7 @@ def content_types(archive: zipfile.ZipFile) -> dict[str, str]:
     def on_doctype(*_: object) -> NoReturn:  # OPC forbids DTDs; without one there are no entities to expand
         raise BadDocument("[Content_Types].xml has a DTD.")
 
-    def on_declaration(_: str, encoding: str | None, __: int) -> None:
-        if (encoding or "UTF-8").upper() not in ("UTF-8", "UTF-16"):  # else expat asks Python's codecs
-            raise BadDocument("[Content_Types].xml is neither in UTF-8 nor in UTF-16.")
-
     parser = expat.ParserCreate(namespace_separator=" ")
-    parser.XmlDeclHandler = on_declaration
     parser.StartElementHandler = on_element
     parser.StartDoctypeDeclHandler = on_doctype
     parser.Parse(b"".join(unpacked(archive, found[0], MAX_CONTENT_TYPES)), True)
