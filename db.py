@@ -84,7 +84,7 @@ FAILURE_LIMIT, FAILURE_WINDOW = 5, 15 * 60.0  # failed logins, seconds
 REFRESH_GRACE = 10.0  # seconds in which a refresh token may be used again
 MAX_SESSIONS = 50  # of one user
 INTERRUPTED = {"code": "interrupted", "message": "The run was interrupted, each time.", "retryable": True}
-MAX_BATCH, SIDE_BY_SIDE = 500, 4  # writes in a transaction; threads that prepare them
+MAX_BATCH, PREPARE_THREADS = 500, 4  # writes in a transaction; threads that prepare for it
 
 
 class UnusableDatabase(Exception):
@@ -92,11 +92,11 @@ class UnusableDatabase(Exception):
 
 
 class InDoubt(sqlite3.Error):
-    """The commit failed in a way that a restart may yet find done."""
+    """Nobody can tell whether the write is committed: the commit failed half-way, or did not end in time."""
 
 
 class Refused(Exception):
-    """The write was refused: nothing was written, but that the file of a refused upload is to be removed."""
+    """The write was refused. What its method wrote before it raised this is committed all the same."""
 
 
 class KeyReused(Refused):
@@ -112,7 +112,15 @@ class OwnerGone(Refused):
 
 
 class Throttled(Refused):
-    """Too many logins failed; `args[0]` is the number of seconds after which the next one is looked at."""
+    """Too many logins failed."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(seconds)
+        self.seconds = seconds  # until the next login is looked at
+
+
+class TokenReused(Refused):
+    """A refresh token was used again, too late; its session has ended. `args[0]` is the user's name."""
 
 
 class RunLost(Refused):
@@ -138,7 +146,7 @@ class Session:
     session_id: str
     user_id: str
     username: str
-    refresh_jti: str  # of the refresh token that is good now; empty: a token was used twice, and the session has ended
+    refresh_jti: str  # of the refresh token that is good now
     rotated_at: float  # when that token was issued
     expires_at: float
 
@@ -181,7 +189,7 @@ class Write:
     """A write on its way to the disk. Whoever gives up waiting cancels `future`; then `operation` is not run."""
 
     operation: Callable[[], Any]
-    prepare: Callable[[], None] | None = None  # puts on disk what the row needs, before the transaction
+    prepare: Callable[[], None] | None = None  # publishes the file of the row; the sync and the transaction follow
     withdraw: Callable[[], None] | None = None  # runs in the transaction instead of a cancelled operation
     future: Future[Any] = field(default_factory=Future)
     result: Any = None
@@ -231,7 +239,7 @@ class Database:
         with self.lock():
             self._migrate(path, keys)
         self._r.execute("PRAGMA query_only = ON")
-        self._helpers = ThreadPoolExecutor(SIDE_BY_SIDE, "prepare")
+        self._helpers = ThreadPoolExecutor(PREPARE_THREADS, "prepare")
         self._committer = threading.Thread(target=self._commit_forever, name="committer", daemon=True)
         self._committer.start()
 
@@ -292,9 +300,9 @@ class Database:
     def _commit_batch(self, batch: list[Write]) -> None:
         """Prepares side by side, then one sync, then one transaction."""
         to_prepare = [each for each in batch if each.prepare]
-        threads = min(SIDE_BY_SIDE, 1 + len(to_prepare) // 8)  # for fewer, waiting for Python's lock costs more
-        list(self._helpers.map(self._prepare, [to_prepare[start::threads] for start in range(threads)]))
         if to_prepare:
+            threads = min(PREPARE_THREADS, 1 + len(to_prepare) // 8)  # for fewer, waiting for Python's lock costs more
+            list(self._helpers.map(self._prepare, [to_prepare[start::threads] for start in range(threads)]))
             try:
                 self._sync()
             except BaseException as error:  # and no second try: it could succeed without what the first one lost
@@ -393,8 +401,8 @@ class Database:
 
     @write
     def log_in(self, user: User | None, name_hash: str, client: str, seconds: float) -> Session | None:
-        """Opens a session of so many seconds for a user whose password was right. None as the user notes a failure.
-        Throttled, since parallel guesses passed `check_throttle` together."""
+        """Opens a session of so many seconds for a user whose password was right; `user=None` records a failed login.
+        Throttled, since parallel guesses may have passed `check_throttle` together."""
         self.check_throttle(name_hash, client, self._w)
         now = time.time()
         if user is None:
@@ -419,7 +427,7 @@ class Database:
     @write
     def rotate(self, session_id: str, user_id: str, used_jti: str) -> Session | None:
         """Exchanges a refresh token; None when there is no such session. The token before the one that is good now
-        gets the same successor again during REFRESH_GRACE. Any other was used before: the session ends."""
+        gets the same successor again during REFRESH_GRACE. Any other token was used before: TokenReused."""
         row = self._w.execute(
             "SELECT session_id, user_id, username, refresh_jti, rotated_at, expires_at, previous_jti"
             " FROM sessions JOIN users USING (user_id) WHERE session_id = ? AND user_id = ?",
@@ -436,7 +444,7 @@ class Database:
         if used_jti == previous_jti and abs(now - session.rotated_at) < REFRESH_GRACE:
             return session
         self._w.execute("DELETE FROM sessions WHERE session_id = ?", (session_id,))
-        return replace(session, refresh_jti="")
+        raise TokenReused(session.username)
 
     @write
     def end_session(self, session_id: str, user_id: str) -> str | None:
@@ -448,13 +456,15 @@ class Database:
 
     # Documents
 
-    def add_document(self, document_id: str, publish: Callable[[], None],
+    def add_document(self, document_id: str, publish: Callable[[], None] | None,
                      row: Callable[[], Document]) -> Future[Document]:
-        """Adds what `row` returns once `publish` has published the file. The result is that document, or the one that
-        its owner uploaded under its key before; KeyReused when that one has another content; OwnerGone. A published
-        file that gets no row is listed in `deleted_files`."""
-        return self.submit(Write(lambda: self._add_document(row()), publish,
-                                 lambda: self._list_deleted_file(document_id)))
+        """Adds what `row` returns once `publish` (None: that is done) has published the file, whose SHA-256 is known
+        then. The result is that document, or the one that its owner uploaded under its key before; KeyReused when that
+        one has another content; OwnerGone. A published file that gets no row is listed in `deleted_files`."""
+        return self.submit(Write(
+            operation=lambda: self._add_document(row()),
+            prepare=publish or (lambda: None),  # what has a prepare gets the sync
+            withdraw=lambda: self._list_deleted_file(document_id)))
 
     def _add_document(self, new: Document) -> Document:
         added = self._w.execute(
@@ -543,8 +553,8 @@ class Database:
 
     @write
     def claim(self, run_id: str) -> Document | None:
-        """Gives a document that waits to this new run and counts the attempt; None when nothing waits. It is the
-        oldest document of the owner that has the fewest in work, so that owners take turns."""
+        """Assigns a waiting document to this new run and counts the attempt; None when nothing waits. It is the oldest
+        document of the owner that has the fewest in work, so that owners take turns."""
         owner = self._w.execute(
             "SELECT owner_id FROM documents AS waiting WHERE status = 'PROCESSING' AND run_id IS NULL"
             " GROUP BY owner_id ORDER BY (SELECT count(*) FROM documents WHERE status = 'PROCESSING'"

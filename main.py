@@ -55,7 +55,7 @@ from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
 from fastapi.security import OAuth2PasswordBearer
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Json, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Json, ValidationError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, MultipartState, parse_options_header
 from starlette.concurrency import run_in_threadpool
@@ -67,7 +67,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import auth
 from db import (Database, Document, InDoubt, KeyReused, OwnerGone, QueueFull, Refused, RunLost, Session, Status,
-                Throttled, UnusableDatabase, User, utc_now, utc_text)
+                Throttled, TokenReused, UnusableDatabase, User, utc_now, utc_text)
 from storage import (DOCX, MEDIA_TYPES, PDF, BadDocument, Incoming, LocalStorage, Storage, TooLarge, check_is_whole,
                      fsync_folder, private)
 
@@ -81,17 +81,11 @@ class UnusableSetting(Exception):
     """A setting has a bad value; the text names it and says what it wants, never the value."""
 
 
-def long_enough(secret: str) -> str:
-    if len(secret.encode()) < 32:
-        raise ValueError("should have at least 32 bytes")
-    return secret
-
-
 class Settings(BaseModel, frozen=True, populate_by_name=True, alias_generator=lambda name: f"DOCS_{name.upper()}"):
     """Each is read from the environment variable DOCS_ and its name in capitals."""
 
     data_dir: Annotated[Path, BeforeValidator(lambda path: os.path.expanduser(path) or None)] = Path("data")
-    jwt_secret: Annotated[str, AfterValidator(long_enough)] | None = Field(None, repr=False)
+    jwt_secret: bytes | None = Field(None, min_length=32, repr=False)
     admin_username: str = Field("admin", min_length=1, max_length=128)
     admin_password: str | None = Field(None, min_length=8, max_length=1024, repr=False)
     access_token_seconds: int = Field(900, ge=1, le=10**9)
@@ -179,13 +173,13 @@ class RefreshToken(BaseModel):
 Timestamp = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 
 
-def answer(**example: Any) -> ConfigDict:
+def with_example(**example: Any) -> ConfigDict:
     return ConfigDict(from_attributes=True, json_schema_serialization_defaults_required=True,
                       json_schema_extra={"example": example})
 
 
 class Tokens(BaseModel):
-    model_config = answer(
+    model_config = with_example(
         access_token="eyJhbGciOiJIUzI1NiIsInR5cCI6ImF0K2p3dCJ9.e30.c2ln", token_type="bearer", expires_in=900,
         refresh_token="eyJhbGciOiJIUzI1NiIsInR5cCI6InJ0K2p3dCJ9.e30.c2ln", refresh_expires_in=604800)
     access_token: str
@@ -196,7 +190,7 @@ class Tokens(BaseModel):
 
 
 class DocumentOut(BaseModel):
-    model_config = answer(
+    model_config = with_example(
         document_id="5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11", filename="report.pdf", media_type=PDF, size=80100,
         sha256="69f6b7f493b1bc55d518942976cbeadc4ec0a36f6d8a6dc24feffc516d35b2c9", status="UPLOADED",
         created_at="2026-01-31T12:00:00.000000Z", updated_at="2026-01-31T12:00:00.000000Z")
@@ -217,7 +211,7 @@ class ProcessingError(BaseModel):
 
 
 class StatusOut(BaseModel):
-    model_config = answer(
+    model_config = with_example(
         document_id="5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11", status="FAILED", progress=0, attempts=1,
         message="The PDF has no end-of-file marker.", request_id="8f14e45f", created_at="2026-01-31T12:00:00.000000Z",
         updated_at="2026-01-31T12:00:02.000000Z", started_at="2026-01-31T12:00:01.000000Z",
@@ -237,7 +231,7 @@ class StatusOut(BaseModel):
 
 
 class ResultOut(BaseModel):
-    model_config = answer(
+    model_config = with_example(
         document_id="5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11", status="COMPLETED",
         completed_at="2026-01-31T12:00:03.000000Z", result={
             "document_type": "PDF", "summary": "A simulated summary of report.pdf.", "keywords": ["simulated"]})
@@ -248,7 +242,7 @@ class ResultOut(BaseModel):
 
 
 class Health(BaseModel):
-    model_config = answer(status="ok")
+    model_config = with_example(status="ok")
     status: Literal["ok"] = "ok"
 
 
@@ -338,8 +332,8 @@ async def answer_problem(request: Request, failure: Exception) -> Response:
         case KeyReused():
             errors = [{"loc": ["header", "Idempotency-Key"], "msg": "It was used for another file."}]
             problem = Problem("idempotency_key_reused", errors=errors)
-        case Throttled(args=(seconds,)):
-            problem = Problem("too_many_attempts", headers={"Retry-After": str(math.ceil(seconds))})
+        case Throttled():
+            problem = Problem("too_many_attempts", headers={"Retry-After": str(math.ceil(failure.seconds))})
         case QueueFull():
             problem = Problem("queue_full")
         case OwnerGone() | auth.InvalidToken():
@@ -471,7 +465,7 @@ class Service:
     def __init__(self, settings: Settings, storage: Storage | None, pipeline: "Pipeline | None") -> None:
         self.settings, folder = settings, settings.data_dir
         self.db, self.storage = open_stores(settings, storage)
-        self.signer = auth.TokenSigner((settings.jwt_secret or secret_file(self.db, folder / "jwt-secret")).encode())
+        self.signer = auth.TokenSigner(settings.jwt_secret or secret_file(self.db, folder / "jwt-secret").encode())
         self.open_uploads = 0
         self.password_checks = asyncio.Semaphore(2)  # scrypt takes 16 MiB and a processor
         self.logins: Counter[str] = Counter()  # under way, by throttle key
@@ -490,7 +484,7 @@ class Service:
         for document_id in self.db.deleted_files(1000):
             await run_in_threadpool(self.storage.delete, document_id)
             await run_in_threadpool(self.storage.sync)
-            await written(self.db.forget_file(document_id))
+            await committed(self.db.forget_file(document_id))
 
 
 def open_stores(settings: Settings, storage: Storage | None = None) -> tuple[Database, Storage]:
@@ -498,8 +492,9 @@ def open_stores(settings: Settings, storage: Storage | None = None) -> tuple[Dat
     folder = settings.data_dir
     try:
         for each in reversed([folder, *folder.parents]):
-            each.mkdir(mode=0o700, exist_ok=True)
-        fsync_folder(folder.parent)
+            if not each.exists():
+                each.mkdir(mode=0o700, exist_ok=True)
+                fsync_folder(each.parent)
     except OSError as error:
         raise UnusableSetting(f"DOCS_DATA_DIR: should be a folder that can be used ({error.strerror})") from error
     files = storage or LocalStorage(folder / "files")
@@ -507,8 +502,8 @@ def open_stores(settings: Settings, storage: Storage | None = None) -> tuple[Dat
 
 
 def secret_file(db: Database, path: Path) -> str:
-    """The secret in this file, made when there is none. Of several processes at once, one makes it. Before any write of
-    this process, since the lock is the committer's too."""
+    """The secret in this file, made when there is none. Of several processes at once, one makes it. To be called before
+    any write of this process: `flock` does not keep out the committer, which shares the descriptor."""
     with db.lock():
         if not path.exists() or not path.stat().st_size:
             with open(path, "w", opener=private) as file:
@@ -519,9 +514,9 @@ def secret_file(db: Database, path: Path) -> str:
         return path.read_text().strip()
 
 
-async def written(future: Future[T]) -> T:
-    """What a write to the database returned. InDoubt when it is not committed in time; it is withdrawn then, unless its
-    transaction has begun."""
+async def committed(future: Future[T]) -> T:
+    """What a write to the database returned, once it is on disk. InDoubt when that takes too long; the write is given
+    up then, unless its transaction has begun."""
     settled = asyncio.Event()
     future.add_done_callback(lambda _: settled.set())  # on the loop: see Database.notify
     try:
@@ -641,13 +636,11 @@ class MultipartFile:
             "on_header_field": self._on_header_field, "on_header_value": self._on_header_value,
             "on_header_end": self._on_header_end, "on_headers_finished": self._on_headers_finished,
             "on_part_data": self._on_part_data}, max_header_size=SMALL_BODY)
-        self._first_line = b"--%b\r\n" % boundary
+        # The parser takes no preamble (RFC 2046, 5.1.1). After this it is the data of a part without a name.
+        self._parser.write(b"--%b\r\n\r\n\r\n" % boundary)
 
     def feed(self, chunk: bytes) -> None:
         self._around += len(chunk)
-        if self._parser.state == MultipartState.START and not chunk.startswith(self._first_line):
-            # The parser takes no preamble (RFC 2046, 5.1.1). This makes it the data of a part without a name.
-            self._parser.write(self._first_line + b"\r\n\r\n")
         self._parser.write(chunk)
         if self._around > SMALL_BODY:
             raise Problem("too_large", f"There are more than {SMALL_BODY} bytes around the file.")
@@ -723,7 +716,7 @@ def shown_filename(name: str) -> str:
 
 
 async def read_file(request: Request, form: MultipartFile) -> Incoming:
-    """Reads the body. A small PDF is still to be published then; any other file is published."""
+    """Reads the body. What the file holds in memory beyond its share is written in a thread."""
     service = service_of(request)
     async for chunk in body_chunks(request, service.settings.max_upload_bytes + SMALL_BODY, UPLOAD_SECONDS):
         form.feed(chunk)
@@ -731,22 +724,23 @@ async def read_file(request: Request, form: MultipartFile) -> Incoming:
         share = min(HELD_BY_ONE, HELD_BY_ALL // service.open_uploads)
         if form.incoming and form.incoming.held > share:
             await run_in_threadpool(form.incoming.flush)
-    incoming = form.end()
-    if incoming.size > HELD_BY_ONE or incoming.media_type == DOCX or service.storage.slow_publish:
-        await run_in_threadpool(incoming.finish)
-    return incoming
+    return form.end()
 
 
-async def make_durable(service: Service, user: User, idempotency_key: str | None, filename: str,
-                       incoming: Incoming) -> Document:
-    """Adds the row, once the file is published: the document, or the one that was uploaded under the key before."""
+async def store(service: Service, user: User, idempotency_key: str | None, filename: str,
+                incoming: Incoming) -> Document:
+    """Publishes the file and adds its row: the document, or the one that was uploaded under the key before."""
     def row() -> Document:
         now = utc_now()
         return Document(
             incoming.key, user.user_id, filename, incoming.media_type, incoming.size, incoming.sha256.hexdigest(),
             Status.UPLOADED, now, now, idempotency_key=idempotency_key)
 
-    return await written(service.db.add_document(incoming.key, incoming.finish, row))
+    publish: Callable[[], None] | None = incoming.finish  # by the committer: small PDFs share one sync
+    if incoming.size > HELD_BY_ONE or incoming.media_type == DOCX or service.storage.slow_publish:
+        await run_in_threadpool(incoming.finish)
+        publish = None
+    return await committed(service.db.add_document(incoming.key, publish, row))
 
 
 # Processing
@@ -760,7 +754,8 @@ class ProcessingFailed(Exception):
 
     def __init__(self, code: str, message: str, retryable: bool) -> None:
         super().__init__(code)
-        self.code, self.message, self.retryable = code, message, retryable
+        self.code, self.retryable = code, retryable
+        self.message = message.encode(errors="replace").decode()  # a lone surrogate fits no database
 
 
 def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *, seconds: float) -> Any:
@@ -785,6 +780,14 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
     }
 
 
+def wait_for(future: Future[T]) -> T:
+    """As `committed`, for threads."""
+    try:
+        return future.result(WRITE_SECONDS)
+    finally:
+        future.cancel()
+
+
 class Worker:
     """Runs queued documents in a thread pool.
 
@@ -803,7 +806,8 @@ class Worker:
         return self._stop_at < math.inf
 
     def wake(self) -> None:
-        """Something waits. A busy thread needs no call: it looks again when its run has ended."""
+        """A document waits: an idle thread looks, and a busy one will when its run has ended. Only a thread that has
+        just looked in vain can miss it; then `keep_leases` wakes it."""
         if not self.stopping and len(self._run_ids) < self._settings.process_workers:
             self._pool.submit(self._work)
 
@@ -819,7 +823,7 @@ class Worker:
 
     async def keep_leases(self) -> None:
         """Gives a sign of life for the runs of this process, and takes over runs whose process gives none."""
-        lost, waiting = await written(self._db.keep_leases(
+        lost, waiting = await committed(self._db.keep_leases(
             list(self._run_ids), self._settings.lease_seconds, self._settings.max_attempts))
         for document in lost:
             if document.status == Status.FAILED:
@@ -838,7 +842,7 @@ class Worker:
         run_id = uuid.uuid4().hex
         self._run_ids.add(run_id)
         try:
-            document = self._db.claim(run_id).result(WRITE_SECONDS)
+            document = wait_for(self._db.claim(run_id))
             if document:
                 self._run(run_id, document)
             return document is not None
@@ -857,11 +861,10 @@ class Worker:
         log_run("process_started", document)
         try:
             result = self._call_pipeline(run_id, document)
-            self._db.complete(run_id, document_id, result).result(WRITE_SECONDS)
+            wait_for(self._db.complete(run_id, document_id, result))
             log_run("process_completed", document, start)
         except ProcessingFailed as failure:
-            self._db.fail(
-                run_id, document_id, failure.code, failure.message, failure.retryable).result(WRITE_SECONDS)
+            wait_for(self._db.fail(run_id, document_id, failure.code, failure.message, failure.retryable))
             log_run("process_failed", document, start, failure=failure.__cause__, error=failure.code)
 
     def _call_pipeline(self, run_id: str, document: Document) -> str:
@@ -871,7 +874,7 @@ class Worker:
                 raise RunLost
             percent = max(0, min(int(percent), 99))
             try:
-                self._db.progress(run_id, document.document_id, percent, message).result(WRITE_SECONDS)
+                wait_for(self._db.progress(run_id, document.document_id, percent, message))
             except (sqlite3.Error, OSError) as failure:  # no fault of the pipeline, and no harm
                 log_event("storage_error", logging.ERROR, failure=failure)
 
@@ -895,7 +898,8 @@ def log_run(event: str, document: Document, start: float | None = None, *, failu
             **fields: Any) -> None:
     if start is not None:
         fields["duration_ms"] = round(1000 * (time.monotonic() - start), 3)
-    log_event(event, failure=failure, request_id=document.request_id, document_id=document.document_id,
+    level = logging.WARNING if event == "process_failed" else logging.INFO
+    log_event(event, level, failure=failure, request_id=document.request_id, document_id=document.document_id,
               attempt=document.attempts, **fields)
 
 
@@ -947,7 +951,7 @@ async def login(request: Request) -> Tokens:
                 raise ClientDisconnect
             service.db.check_throttle(name_hash, key)
             right = await run_in_threadpool(auth.verify_password, sent.password, user.password_hash if user else None)
-            session = await written(service.db.log_in(user if right else None, name_hash, key, SESSION_SECONDS))
+            session = await committed(service.db.log_in(user if right else None, name_hash, key, SESSION_SECONDS))
     except Throttled:
         log_event("login_throttled", logging.WARNING, user=name, client=client)
         raise
@@ -967,16 +971,18 @@ async def refresh(request: Request) -> Tokens:
     """Replaces the refresh token. The old one gives the same successor for 10 seconds more; its use after that ends the
     session (RFC 9700, 4.14.2). Error: `invalid_grant`."""
     service, sent = service_of(request), await read_fields(request, RefreshToken)
-    session = None
-    with contextlib.suppress(auth.InvalidToken):
+    try:
         used = service.signer.verify(auth.REFRESH, sent.refresh_token)
-        session = await written(service.db.rotate(used.sid, used.sub, used.jti))
-    if session and session.refresh_jti:
-        request.state.username = session.username
-        return tokens_of(service, session)
-    if session:
-        log_event("token_reused", logging.WARNING, user=session.username, client=client_address(request))
-    raise Problem("invalid_grant", "The refresh token is invalid, expired, revoked or was used before.")
+        session = await committed(service.db.rotate(used.sid, used.sub, used.jti))
+    except auth.InvalidToken:
+        session = None
+    except TokenReused as reuse:
+        session = None
+        log_event("token_reused", logging.WARNING, user=reuse.args[0], client=client_address(request))
+    if session is None:
+        raise Problem("invalid_grant", "The refresh token is invalid, expired, revoked or was used before.")
+    request.state.username = session.username
+    return tokens_of(service, session)
 
 
 @router.post("/auth/logout", tags=["auth"], summary="Log out", status_code=204, response_class=Response,
@@ -986,7 +992,7 @@ async def logout(request: Request) -> None:
     service, sent = service_of(request), await read_fields(request, RefreshToken)
     with contextlib.suppress(auth.InvalidToken):  # 204 all the same (RFC 7009, 2.2)
         claims = service.signer.verify(auth.REFRESH, sent.refresh_token, allow_expired=True)
-        if username := await written(service.db.end_session(claims.sid, claims.sub)):
+        if username := await committed(service.db.end_session(claims.sid, claims.sub)):
             log_event("logged_out", user=username, client=client_address(request))
 
 
@@ -1007,11 +1013,11 @@ async def upload(request: Request) -> Response:
     service.open_uploads += 1
     try:
         incoming = await read_file(request, form)
-        document = await make_durable(service, user, idempotency_key, form.filename, incoming)
+        document = await store(service, user, idempotency_key, form.filename, incoming)
     except (Refused, InDoubt):  # the database has listed the file in `deleted_files`, or may have its row
         raise
     except Exception:
-        if form.incoming and form.incoming.file:
+        if form.incoming:
             await run_in_threadpool(form.incoming.discard)
         raise
     finally:
@@ -1030,7 +1036,7 @@ router.routes.append(Route("/documents/upload", upload, methods=["POST"]))
 router.add_api_route(
     "/documents/upload", upload, methods=["POST"], tags=["documents"], summary="Upload a PDF or DOCX",
     status_code=201, response_model=DocumentOut, dependencies=[Depends(signed_in)], openapi_extra={
-        "parameters": [{"name": "Idempotency-Key", "in": "header", "required": False, "description": "one a file",
+        "parameters": [{"name": "Idempotency-Key", "in": "header", "required": False, "description": "one for a file",
                         "schema": {"type": "string", "pattern": f"^{IDEMPOTENCY_KEY}$"}}],
         "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {
             "type": "object", "required": ["file"],
@@ -1043,9 +1049,8 @@ CURSOR = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z_[0-9a-f-]{36}$"  # created_at
 @router.get("/documents", tags=["documents"], summary="List your documents", response_model=list[DocumentOut])
 async def list_documents(
         request: Request, response: Response, user: CurrentUser, limit: Annotated[int, Query(ge=1, le=200)] = 50,
-        status: Status = cast(Status, None),  # a parameter that may be null would puzzle clients: it is left out
-        cursor: Annotated[str, Query(pattern=CURSOR, description="of the Link header")] = cast(str, None),
-        ) -> list[Document]:
+        status: Status = Query(None),  # the type has no None, so that the schema does not say null
+        cursor: str = Query(None, pattern=CURSOR, description="of the Link header")) -> list[Document]:
     """Newest first. The header `Link: <...>; rel="next"` leads to the next page (RFC 8288)."""
     created_at, _, document_id = (cursor or "").partition("_")
     before = (created_at, document_id) if cursor else None
@@ -1099,7 +1104,7 @@ async def get_file(document: OwnDocument, request: Request) -> Response:
                response_class=Response)
 async def delete(document_id: uuid.UUID, request: Request, user: CurrentUser) -> None:
     """Removes document, file and result, also while it is being processed. Error: `not_found`."""
-    if not await written(service_of(request).db.delete(str(document_id), user.user_id)):
+    if not await committed(service_of(request).db.delete(str(document_id), user.user_id)):
         raise Problem("not_found")
     log_event("deleted", document_id=str(document_id))
 
@@ -1111,7 +1116,7 @@ async def process(document_id: uuid.UUID, request: Request, response: Response, 
     """Idempotent: however many calls come, an UPLOADED or FAILED document gets one run. Errors: `not_found`,
     `queue_full`."""
     service, request_id = service_of(request), request_id_of_context.get() or ""
-    document = found(await written(service.db.enqueue(
+    document = found(await committed(service.db.enqueue(
         str(document_id), user.user_id, request_id, service.settings.max_queue)))
     if document.status == Status.COMPLETED:
         response.status_code = 200
@@ -1141,8 +1146,8 @@ async def get_result(document: OwnDocument, request: Request) -> dict[str, Any]:
     """What the pipeline made of a COMPLETED document. Errors: `not_found`, `not_processed`, `still_processing`,
     `processing_failed`."""
     if document.status != Status.COMPLETED:
-        code = {Status.UPLOADED: "not_processed", Status.PROCESSING: "still_processing"}.get(
-            Status(document.status), "processing_failed")
+        code = {"UPLOADED": "not_processed", "PROCESSING": "still_processing", "FAILED": "processing_failed"}[
+            document.status]
         raise Problem(code, **({"error": json.loads(document.error)} if document.error else {}))
     result = service_of(request).db.result(document.document_id)
     if result is None:  # deleted a moment ago
@@ -1159,12 +1164,12 @@ async def healthz() -> Health:
 
 @router.get("/readyz", tags=["health"], summary="Can documents be taken?")
 async def readyz(request: Request) -> Health:
-    """Writes to the database and to the file store. A success is believed for a second. Error: `unavailable`."""
+    """Writes to the database and to the file store. Success is cached for a second. Error: `unavailable`."""
     service = service_of(request)
     if time.monotonic() > service.ready_until:
         try:
             await run_in_threadpool(service.storage.check)
-            await written(service.db.check_writable())
+            await committed(service.db.check_writable())
         except (OSError, sqlite3.Error) as failure:
             log_event("storage_error", logging.ERROR, failure=failure)
             raise Problem("unavailable") from None
@@ -1205,14 +1210,7 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
         try:
             yield {"service": service}
         finally:  # also at a second Ctrl-C, when uvicorn leaves out the end of the lifespan
-            await service.worker.close()
-            for task in tasks:
-                task.cancel()
-            closing = threading.Thread(target=service.db.close, name="close", daemon=True)
-            closing.start()
-            end = time.monotonic() + 1
-            while closing.is_alive() and time.monotonic() < end:  # a disk that hangs holds up no exit
-                await asyncio.sleep(0.02)
+            await shut_down(service, tasks)
 
     logging_is_ours = configure_logging()
     application = FastAPI(
@@ -1235,7 +1233,7 @@ async def repeat(action: Callable[[], Awaitable[None]], seconds: float) -> None:
 
 
 async def follow_server(service: Service) -> None:
-    """What uvicorn leaves to its app: socket options, and to hear of a shutdown before the last connection ended."""
+    """What uvicorn leaves to its app: socket options, and to hear of SIGTERM before the last connection has ended."""
     server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)  # its signal handler is a method
     if not isinstance(server, uvicorn.Server):
         return
@@ -1255,6 +1253,19 @@ async def follow_server(service: Service) -> None:
     while not server.should_exit:
         await asyncio.sleep(0.1)
     service.worker.stop()
+
+
+async def shut_down(service: Service, tasks: list[asyncio.Task[None]]) -> None:
+    """After the last connection. Runs have what is left of the grace, which began when `follow_server` saw the signal.
+    Then the database commits what it was given, for a second at most: a disk that hangs holds up no exit."""
+    await service.worker.close()
+    for task in tasks:
+        task.cancel()
+    closing = threading.Thread(target=service.db.close, name="close", daemon=True)
+    closing.start()
+    end = time.monotonic() + 1
+    while closing.is_alive() and time.monotonic() < end:
+        await asyncio.sleep(0.02)
 
 
 # Commands

@@ -148,8 +148,7 @@ class Incoming:
         self._storage, self._max_size = storage, max_size
         self._pieces: list[bytes] = []
         self._head: bytes | None = b""  # None: the content begins as its media type does
-        self.file: BinaryIO | None = None
-        self._published = False
+        self._file: BinaryIO | None = None
 
     def feed(self, piece: bytes) -> None:
         """Takes the next piece. TooLarge, BadDocument."""
@@ -179,7 +178,7 @@ class Incoming:
 
     def flush(self) -> BinaryIO:
         """Writes the pieces that are held. The file, which can be read and written."""
-        file = self.file = self.file or self._storage.create(self.key)
+        file = self._file = self._file or self._storage.create(self.key)
         data = b"".join(self._pieces)
         self._pieces.clear()
         self.held = 0
@@ -189,18 +188,16 @@ class Incoming:
         return file
 
     def finish(self) -> None:
-        """Writes the rest and publishes the file, unless it is published. A DOCX is checked before: BadDocument."""
-        if not self._published:
-            file = self.flush()
-            if self.media_type == DOCX:
-                check_is_docx(file)
-            self._storage.publish(self.key, file)
-            self._published = True
+        """Writes the rest and publishes the file. A DOCX is checked before: BadDocument."""
+        file = self.flush()
+        if self.media_type == DOCX:
+            check_is_docx(file)
+        self._storage.publish(self.key, file)
 
     def discard(self) -> None:
         """Removes what was written, published or not."""
-        if self.file is not None:
-            self.file.close()
+        if self._file is not None:
+            self._file.close()
             self._storage.delete(self.key)
 
 

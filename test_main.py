@@ -84,10 +84,12 @@ def docx(main_part: str = MAIN_PART, compression: int = zipfile.ZIP_DEFLATED,
 def until(condition: Callable[[], T], seconds: float = 30) -> T:
     """What the condition answers when that is true at last."""
     end = time.monotonic() + seconds
-    while not (answer := condition()):
+    while True:
+        with contextlib.suppress(FileNotFoundError):  # a file that is looked at may go
+            if answer := condition():
+                return answer
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
-    return answer
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -145,8 +147,7 @@ def stored_files(settings: Settings) -> list[str]:
 def log_in(client: httpx.Client, username: str = "admin", password: str = PASSWORD) -> dict[str, Any]:
     answer = client.post("/auth/login", data={"username": username, "password": password})
     assert answer.status_code == 200, answer.text
-    tokens: dict[str, Any] = answer.json()
-    return tokens
+    return cast(dict[str, Any], answer.json())
 
 
 def bearer(tokens: dict[str, Any]) -> dict[str, str]:
@@ -172,8 +173,7 @@ def processed(client: httpx.Client, path: str) -> dict[str, Any]:
     """Its status when processing has ended."""
     assert client.post(f"{path}/process").status_code in (200, 202)
     until(lambda: client.get(f"{path}/status").json()["status"] != "PROCESSING")
-    status: dict[str, Any] = client.get(f"{path}/status").json()
-    return status
+    return cast(dict[str, Any], client.get(f"{path}/status").json())
 
 
 def code_of(answer: httpx.Response) -> tuple[int, str]:
@@ -251,7 +251,7 @@ def sql(data: Path, statement: str, *values: Any) -> list[Any]:
 
 def test_importing_main_has_no_side_effects(tmp_path: Path) -> None:
     code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import main"
-    subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, check=True,
+    subprocess.run([sys.executable, "-B", "-W", "error", "-c", code], cwd=tmp_path, check=True,
                    env={**os.environ, "DOCS_JWT_SECRET": "too short", "DOCS_MAX_QUEUE": "none"})
     assert os.listdir(tmp_path) == []
 
@@ -268,8 +268,7 @@ def test_importing_main_leaves_the_logging_of_others_alone() -> None:
         main.configure_logging()
         logging.root.handlers[:] = [handler]
         logging.warning("hello")"""
-    told = subprocess.check_output([sys.executable, "-W", "error", "-c", code], cwd=HERE)
-    assert re.fullmatch(rb"\d+ MainThread hello\n", told)
+    assert re.fullmatch(rb"\d+ MainThread hello\n", subprocess.check_output([sys.executable, "-c", code], cwd=HERE))
 
 
 def test_generated_secrets_are_kept_in_a_private_folder(tmp_path: Path) -> None:
