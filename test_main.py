@@ -208,8 +208,7 @@ class Server:
                 time.sleep(0.01)
 
     def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
+        self.process.terminate()
         self.process.wait(30)
 
     def client(self) -> httpx.Client:
@@ -250,9 +249,8 @@ def sql(data: Path, statement: str, *values: Any) -> list[Any]:
 
 
 def test_importing_main_has_no_side_effects(tmp_path: Path) -> None:
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import main"
-    subprocess.run([sys.executable, "-B", "-W", "error", "-c", code], cwd=tmp_path, check=True,
-                   env={**os.environ, "DOCS_JWT_SECRET": "too short", "DOCS_MAX_QUEUE": "none"})
+    subprocess.run([sys.executable, "-B", "-W", "error", "-c", "import main"], cwd=tmp_path, check=True, env={
+        **os.environ, "PYTHONPATH": str(HERE), "DOCS_JWT_SECRET": "too short", "DOCS_MAX_QUEUE": "none"})
     assert os.listdir(tmp_path) == []
 
 
@@ -427,13 +425,18 @@ def test_a_start_asks_no_more_of_the_disk_than_it_needs(tmp_path: Path, monkeypa
             return real(first, *rest, **options)
         monkeypatch.setattr(os, name, call)
 
-    fsync, is_folder = os.fsync, lambda descriptor: stat.S_ISDIR(os.fstat(descriptor).st_mode)
+    def is_folder(descriptor: int) -> bool:
+        synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        return stat.S_ISDIR(os.fstat(descriptor).st_mode)
+
+    fsync, synced, settings = os.fsync, set[str](), settings_in(tmp_path / "new" / "deep")
     monkeypatch.delattr(os, "link")
     refuse("open", errno.EACCES, lambda path: Path(path) == tmp_path, os.open)  # may be entered but not listed
     for error in (errno.EINVAL, errno.ENOTSUP):
         refuse("fsync", error, is_folder, fsync)
-        with running(settings_in(tmp_path)) as client:
+        with running(settings) as client:
             uploaded(client)
+    assert {str(folder) for folder in (*settings.data_dir.parents[:2], settings.data_dir)} <= synced
     refuse("fsync", errno.EIO, is_folder, fsync)
     with pytest.raises(OSError, match="refused"):
         fsync_folder(tmp_path.parent)
@@ -792,10 +795,8 @@ def test_stamps_of_the_future_are_void(tmp_path: Path) -> None:
         assert challenge(client, access_token)[0] == refresh(client, refresh_token).status_code == 200
 
 
-@contextlib.contextmanager
-def connected(client: httpx.Client) -> Iterator[socket.socket]:
-    with socket.create_connection((client.base_url.host, client.base_url.port or 80), 30) as connection:
-        yield connection
+def connected(client: httpx.Client) -> socket.socket:
+    return socket.create_connection((client.base_url.host, client.base_url.port or 80), 30)
 
 
 def answer_on(connection: socket.socket) -> tuple[int, HTTPMessage, dict[str, Any]]:
@@ -819,9 +820,8 @@ def with_token(client: httpx.Client, request: bytes) -> bytes:
 def wire(line: str, body: bytes = b"", /, **headers: str | None) -> bytes:
     """A request. None leaves out one of the usual headers."""
     usual = {"Host": "x", "Authorization": "Bearer TOKEN", "Content-Length": str(len(body))}
-    given = {name.replace("_", "-"): value for name, value in headers.items()}
-    lines = [f"{line} HTTP/1.1", *(f"{name}: {value}" for name, value in {**usual, **given}.items()
-                                   if value is not None), "", ""]
+    fields = usual | {name.replace("_", "-"): value for name, value in headers.items()}
+    lines = [f"{line} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items() if value is not None), "", ""]
     return "\r\n".join(lines).encode("latin-1") + body
 
 
@@ -850,8 +850,7 @@ def login(body: str | bytes, media_type: str = "application/json") -> bytes:
     return wire("POST /auth/login", raw, Content_Type=media_type, Authorization=None)
 
 
-def form(body: str) -> bytes:
-    return login(body, "application/x-www-form-urlencoded")
+form = functools.partial(login, media_type="application/x-www-form-urlencoded")
 
 
 def with_fields(name: str, entries: dict[str, bytes] | None = None, **fields: int) -> bytes:
@@ -1168,18 +1167,17 @@ def test_what_every_reader_opens_is_whole(
     assert outcome == (processed(client, path)["status"] if path else answer.status_code)
 
 
-def test_reading_a_bomb_is_bounded(monkeypatch: Patch) -> None:
+def test_reading_a_bomb_is_bounded(monkeypatch: Patch, request: pytest.FixtureRequest) -> None:
     monkeypatch.setattr(storage, "MAX_MAIN_PART", 2**26)
     bombs = [io.BytesIO(bomb("[Content_Types].xml", 10)), io.BytesIO(bomb("word/document.xml", 65))]
-    with contextlib.ExitStack() as stack:
-        stack.callback(tracemalloc.stop)
-        tracemalloc.start()
-        with pytest.raises(BadDocument):
-            check_is_docx(bombs[0])
-        check_is_docx(bombs[1])
-        with pytest.raises(BadDocument):
-            check_is_whole(bombs[1], DOCX)
-        assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
+    request.addfinalizer(tracemalloc.stop)
+    tracemalloc.start()
+    with pytest.raises(BadDocument):
+        check_is_docx(bombs[0])
+    check_is_docx(bombs[1])
+    with pytest.raises(BadDocument):
+        check_is_whole(bombs[1], DOCX)
+    assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
 
 
 def test_a_client_that_goes_leaves_nothing(shared: tuple[httpx.Client, Settings]) -> None:
@@ -1313,7 +1311,7 @@ def test_whatever_a_pipeline_raises_makes_failed(tmp_path: Path) -> None:
             raise outcome
         return outcome
 
-    own, outcome = main.ProcessingFailed("no_text", "The document has no text.", retryable=False), cast(Any, None)
+    own, outcome = main.ProcessingFailed("no_text", "No text: \ud800", retryable=False), cast(Any, None)
     with running(settings_in(tmp_path), pipeline=pipeline) as client:
         path = uploaded(client)
         for outcome in (ValueError("canary"), SystemExit(), float("nan"), {"x": object()}, "\ud800", {1, 2}, own):
@@ -2177,9 +2175,11 @@ def test_a_process_that_holds_the_lock_makes_others_answer_503_but_to_readers(
                        client.delete(path), client.get("/readyz")):
             assert code_of(answer) == (503, "unavailable")
         assert client.get(f"{path}/status").json()["status"] == "UPLOADED"
+        with pytest.raises(TimeoutError):  # so is the claim of a worker thread
+            main.wait_for(claim := Future[None]())
         fcntl.flock(lock, fcntl.LOCK_UN)
         monkeypatch.undo()
-        assert client.get("/readyz").status_code == 200
+        assert claim.cancelled() and client.get("/readyz").status_code == 200
         assert list(settled(client, settings.data_dir)) == [id_in(path)]  # what was answered with 503 was withdrawn
         until(lambda: stored_files(settings) == [id_in(path)])
         assert processed(client, path)["status"] == "COMPLETED"
