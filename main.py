@@ -59,7 +59,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Json, Valida
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, MultipartState, parse_options_header
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
@@ -423,12 +422,13 @@ class Exchange:
             self.status = message["status"]
             if self.unread and not self._waits_for_100:
                 await self._drain(0.05)  # a small rest is no reason to close the connection
-            headers = MutableHeaders(scope=message)
-            headers.update({"X-Request-ID": self._request_id, "X-Content-Type-Options": "nosniff",
-                            "X-Frame-Options": "DENY"})
-            headers.setdefault("Cache-Control", "no-store")
-            if self.unread:
-                headers.setdefault("Connection", "close")
+            headers, names = message["headers"], {name for name, _ in message["headers"]}
+            headers += [(b"x-request-id", self._request_id.encode()), (b"x-content-type-options", b"nosniff"),
+                        (b"x-frame-options", b"DENY")]
+            if b"cache-control" not in names:
+                headers.append((b"cache-control", b"no-store"))
+            if self.unread and b"connection" not in names:
+                headers.append((b"connection", b"close"))
             await self._send(message)
         elif self.unread and not message.get("more_body", False):
             await self._send({**message, "more_body": True})
@@ -540,21 +540,21 @@ class SessionBearer(OAuth2PasswordBearer):
         token = await super().__call__(request)
         if token is None:
             raise Problem("missing_token")
-        claims = service_of(request).signer.verify(auth.ACCESS, token)
-        user = service_of(request).db.session_user(claims.sid, claims.sub)
+        service = service_of(request)
+        claims = service.signer.verify(auth.ACCESS, token)
+        user = service.db.session_user(claims.sid, claims.sub)
         if user is None:
             raise auth.InvalidToken("the session has ended")
         request.state.username = user.username
         return user
 
 
-signed_in = SessionBearer("auth/login", refreshUrl="auth/refresh", auto_error=False)
-CurrentUser = Annotated[User, Depends(signed_in)]
+class OwnDocumentBearer(SessionBearer):
+    """The document, if it is the caller's. Somebody else's is as unknown as one that never was."""
 
-
-async def get_document(document_id: uuid.UUID, request: Request, user: CurrentUser) -> Document:
-    """The caller's document. Somebody else's is as unknown as one that never was."""
-    return found(service_of(request).db.document(str(document_id), user.user_id))
+    async def __call__(self, document_id: uuid.UUID, request: Request) -> Document:  # type: ignore[override]
+        user = await super().__call__(request)
+        return found(service_of(request).db.document(str(document_id), user.user_id))
 
 
 def found(document: Document | None) -> Document:
@@ -563,7 +563,10 @@ def found(document: Document | None) -> Document:
     return document
 
 
-OwnDocument = Annotated[Document, Depends(get_document)]
+signed_in, own_document = (kind("auth/login", "OAuth2", refreshUrl="auth/refresh", auto_error=False)
+                           for kind in (SessionBearer, OwnDocumentBearer))
+CurrentUser = Annotated[User, Depends(signed_in)]
+OwnDocument = Annotated[Document, Depends(own_document)]
 
 
 # Bodies and uploads
@@ -636,11 +639,13 @@ class MultipartFile:
             "on_header_field": self._on_header_field, "on_header_value": self._on_header_value,
             "on_header_end": self._on_header_end, "on_headers_finished": self._on_headers_finished,
             "on_part_data": self._on_part_data}, max_header_size=SMALL_BODY)
-        # The parser takes no preamble (RFC 2046, 5.1.1). After this it is the data of a part without a name.
-        self._parser.write(b"--%b\r\n\r\n\r\n" % boundary)
+        self._first_line = b"--%b\r\n" % boundary
 
     def feed(self, chunk: bytes) -> None:
         self._around += len(chunk)
+        if self._parser.state == MultipartState.START and not chunk.startswith(self._first_line):
+            # The parser takes no preamble (RFC 2046, 5.1.1). This makes it the data of a part without a name.
+            self._parser.write(self._first_line + b"\r\n\r\n")
         self._parser.write(chunk)
         if self._around > SMALL_BODY:
             raise Problem("too_large", f"There are more than {SMALL_BODY} bytes around the file.")
@@ -908,6 +913,166 @@ def log_run(event: str, document: Document, start: float | None = None, *, failu
 router = APIRouter(responses={"default": {
     "description": "A problem. Its `code` says which one.",
     "content": {"application/problem+json": {"schema": PROBLEM_SCHEMA}}}})
+IDEMPOTENCY_KEY = "[!-~]{1,128}"
+
+
+async def upload(request: Request) -> Response:
+    """Stores one file, which after the 201 survives a crash or a power loss. With an `Idempotency-Key` a repeated
+    upload answers the first document again. Errors: `malformed_body`, `upload_timeout`, `too_large`,
+    `unsupported_media_type`, `idempotency_key_reused`, `insufficient_storage`."""
+    user, service = await signed_in(request), service_of(request)
+    idempotency_key = request.headers.get("idempotency-key")
+    if idempotency_key is not None and not re.fullmatch(IDEMPOTENCY_KEY, idempotency_key):
+        raise invalid("Use 1 to 128 visible ASCII characters.", "header", "Idempotency-Key")
+    new_id = str(uuid.uuid4())
+    form = MultipartFile(request.headers.get("content-type"), lambda media_type: Incoming(
+        service.storage, new_id, media_type, service.settings.max_upload_bytes))
+    service.open_uploads += 1
+    try:
+        incoming = await read_file(request, form)
+        document = await store(service, user, idempotency_key, form.filename, incoming)
+    except (Refused, InDoubt):  # the database has listed the file in `deleted_files`, or may have its row
+        raise
+    except Exception:
+        if form.incoming:
+            await run_in_threadpool(form.incoming.discard)
+        raise
+    finally:
+        service.open_uploads -= 1
+    headers = {"Location": f"{path_prefix(request)}/documents/{document.document_id}"}
+    if document.document_id == new_id:
+        log_event("uploaded", document_id=new_id, size=document.size, media_type=document.media_type)
+    else:
+        headers["Idempotency-Replayed"] = "true"
+    return Response(DocumentOut.model_validate(document).model_dump_json(), 201, headers, "application/json")
+
+
+# The first route serves the upload, the second one documents it. FastAPI's own handling of a request would take a sixth
+# of the time of a small upload.
+router.routes.append(Route("/documents/upload", upload, methods=["POST"]))
+router.add_api_route(
+    "/documents/upload", upload, methods=["POST"], tags=["documents"], summary="Upload a PDF or DOCX",
+    status_code=201, response_model=DocumentOut, dependencies=[Depends(signed_in)], openapi_extra={
+        "parameters": [{"name": "Idempotency-Key", "in": "header", "required": False, "description": "one for a file",
+                        "schema": {"type": "string", "pattern": f"^{IDEMPOTENCY_KEY}$"}}],
+        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {
+            "type": "object", "required": ["file"],
+            "properties": {"file": {"type": "string", "format": "binary", "description": "PDF or DOCX"}}}}}}})
+
+
+CURSOR = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z_[0-9a-f-]{36}$"  # created_at and id of the last document of a page
+
+
+@router.get("/documents", tags=["documents"], summary="List your documents", response_model=list[DocumentOut])
+async def list_documents(
+        request: Request, response: Response, user: CurrentUser, limit: Annotated[int, Query(ge=1, le=200)] = 50,
+        status: Status = Query(None),  # the type has no None, so that the schema does not say null
+        cursor: str = Query(None, pattern=CURSOR, description="of the Link header")) -> list[Document]:
+    """Newest first. The header `Link: <...>; rel="next"` leads to the next page (RFC 8288)."""
+    created_at, _, document_id = (cursor or "").partition("_")
+    before = (created_at, document_id) if cursor else None
+    documents = service_of(request).db.documents(user.user_id, limit + 1, status, before)
+    if len(documents) > limit:
+        last = documents[limit - 1]
+        query = {"limit": limit, "cursor": f"{last.created_at}_{last.document_id}"} | (
+            {"status": status.value} if status else {})
+        response.headers["Link"] = f'<{path_prefix(request)}/documents?{urlencode(query)}>; rel="next"'
+    return documents[:limit]
+
+
+@router.get("/documents/{document_id:uuid}", tags=["documents"], summary="Get one document",
+            response_model=DocumentOut)
+async def get_one(document: OwnDocument) -> Document:
+    """What its upload answered, with its status now. Error: `not_found`."""
+    return document
+
+
+@router.post("/documents/{document_id:uuid}/process", tags=["processing"], summary="Start processing a document",
+             status_code=202, response_model=StatusOut,
+             responses={200: {"description": "COMPLETED already: the result stands", "model": StatusOut}})
+async def process(document_id: uuid.UUID, request: Request, response: Response, user: CurrentUser) -> Document:
+    """Idempotent: however many calls come, an UPLOADED or FAILED document gets one run. Errors: `not_found`,
+    `queue_full`."""
+    service, request_id = service_of(request), request_id_of_context.get() or ""
+    document = found(await committed(service.db.enqueue(
+        str(document_id), user.user_id, request_id, service.settings.max_queue)))
+    if document.status == Status.COMPLETED:
+        response.status_code = 200
+    else:
+        service.worker.wake()
+        response.headers.update({**SOON, "Location": f"{path_prefix(request)}/documents/{document_id}/status"})
+    return document
+
+
+@router.get("/documents/{document_id:uuid}/status", tags=["processing"], summary="See how processing goes",
+            response_model=StatusOut)
+async def get_status(document: OwnDocument, request: Request, response: Response,
+                     wait: Annotated[float, Query(ge=0, le=30, description="seconds")] = 0) -> Document:
+    """With `wait` it answers when processing ends, or after that time. Error: `not_found`."""
+    service, end = service_of(request), time.monotonic() + wait
+    while document.status == Status.PROCESSING and time.monotonic() < end and not service.worker.stopping:
+        await asyncio.sleep(0.1)
+        document = found(service.db.document(document.document_id, document.owner_id))
+    if document.status == Status.PROCESSING:
+        response.headers.update(SOON)
+    return document
+
+
+@router.get("/documents/{document_id:uuid}/result", tags=["processing"], summary="Get the result of processing",
+            response_model=ResultOut)
+async def get_result(document: OwnDocument, request: Request) -> dict[str, Any]:
+    """What the pipeline made of a COMPLETED document. Errors: `not_found`, `not_processed`, `still_processing`,
+    `processing_failed`."""
+    if document.status != Status.COMPLETED:
+        code = {"UPLOADED": "not_processed", "PROCESSING": "still_processing", "FAILED": "processing_failed"}[
+            document.status]
+        raise Problem(code, **({"error": json.loads(document.error)} if document.error else {}))
+    result = service_of(request).db.result(document.document_id)
+    if result is None:  # deleted a moment ago
+        raise Problem("not_found")
+    return {"document_id": document.document_id, "status": document.status, "completed_at": document.finished_at,
+            "result": result}
+
+
+BINARY = {"schema": {"type": "string", "format": "binary"}, "example": "%PDF-1.7 ..."}
+
+
+@router.get("/documents/{document_id:uuid}/file", tags=["documents"], summary="Download the stored file",
+            response_class=StreamingResponse, responses={
+                200: {"description": "The stored bytes", "content": {
+                    media_type: BINARY for media_type in ("application/octet-stream", PDF, DOCX)}},
+                304: {"description": "The client has this file already: see If-None-Match"}})
+async def get_file(document: OwnDocument, request: Request) -> Response:
+    """The bytes that were uploaded, with their SHA-256 as ETag. Errors: `not_found`, `file_missing`."""
+    headers = {"ETag": f'"{document.sha256}"', "Cache-Control": "private, no-cache"}
+    known = ",".join(request.headers.getlist("if-none-match"))
+    if known.strip() == "*" or headers["ETag"] in known:
+        return Response(status_code=304, headers=headers)
+    try:
+        file = await run_in_threadpool(service_of(request).storage.open, document.document_id)
+    except FileNotFoundError:
+        raise Problem("file_missing") from None
+
+    async def chunks() -> AsyncIterator[bytes]:
+        with file:
+            while "head" not in request.scope and (data := await run_in_threadpool(file.read, 65536)):
+                yield data  # to HEAD nothing, see RequestMiddleware
+
+    plain, quoted = re.sub(r'[^ -~]|["\\%]', "_", document.filename), quote(document.filename, safe="")
+    return StreamingResponse(chunks(), headers=headers | {
+        "Content-Type": document.media_type, "Content-Length": str(document.size),
+        "Content-Disposition": f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quoted}"})
+
+
+@router.delete("/documents/{document_id:uuid}", tags=["documents"], summary="Delete a document", status_code=204,
+               response_class=Response)
+async def delete(document_id: uuid.UUID, request: Request, user: CurrentUser) -> None:
+    """Removes document, file and result, also while it is being processed. Error: `not_found`."""
+    if not await committed(service_of(request).db.delete(str(document_id), user.user_id)):
+        raise Problem("not_found")
+    log_event("deleted", document_id=str(document_id))
+
+
 SESSION_SECONDS = 30 * 86400.0
 LOGINS_AT_ONCE = 10  # of one throttle key
 
@@ -996,166 +1161,6 @@ async def logout(request: Request) -> None:
             log_event("logged_out", user=username, client=client_address(request))
 
 
-IDEMPOTENCY_KEY = "[!-~]{1,128}"
-
-
-async def upload(request: Request) -> Response:
-    """Stores one file, which after the 201 survives a crash or a power loss. With an `Idempotency-Key` a repeated
-    upload answers the first document again. Errors: `malformed_body`, `upload_timeout`, `too_large`,
-    `unsupported_media_type`, `idempotency_key_reused`, `insufficient_storage`."""
-    user, service = await signed_in(request), service_of(request)
-    idempotency_key = request.headers.get("idempotency-key")
-    if idempotency_key is not None and not re.fullmatch(IDEMPOTENCY_KEY, idempotency_key):
-        raise invalid("Use 1 to 128 visible ASCII characters.", "header", "Idempotency-Key")
-    new_id = str(uuid.uuid4())
-    form = MultipartFile(request.headers.get("content-type"), lambda media_type: Incoming(
-        service.storage, new_id, media_type, service.settings.max_upload_bytes))
-    service.open_uploads += 1
-    try:
-        incoming = await read_file(request, form)
-        document = await store(service, user, idempotency_key, form.filename, incoming)
-    except (Refused, InDoubt):  # the database has listed the file in `deleted_files`, or may have its row
-        raise
-    except Exception:
-        if form.incoming:
-            await run_in_threadpool(form.incoming.discard)
-        raise
-    finally:
-        service.open_uploads -= 1
-    headers = {"Location": f"{path_prefix(request)}/documents/{document.document_id}"}
-    if document.document_id == new_id:
-        log_event("uploaded", document_id=new_id, size=document.size, media_type=document.media_type)
-    else:
-        headers["Idempotency-Replayed"] = "true"
-    return Response(DocumentOut.model_validate(document).model_dump_json(), 201, headers, "application/json")
-
-
-# The first route serves the upload, the second one documents it. FastAPI's own handling of a request would take a sixth
-# of the time of a small upload.
-router.routes.append(Route("/documents/upload", upload, methods=["POST"]))
-router.add_api_route(
-    "/documents/upload", upload, methods=["POST"], tags=["documents"], summary="Upload a PDF or DOCX",
-    status_code=201, response_model=DocumentOut, dependencies=[Depends(signed_in)], openapi_extra={
-        "parameters": [{"name": "Idempotency-Key", "in": "header", "required": False, "description": "one for a file",
-                        "schema": {"type": "string", "pattern": f"^{IDEMPOTENCY_KEY}$"}}],
-        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {
-            "type": "object", "required": ["file"],
-            "properties": {"file": {"type": "string", "format": "binary", "description": "PDF or DOCX"}}}}}}})
-
-
-CURSOR = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z_[0-9a-f-]{36}$"  # created_at and id of the last document of a page
-
-
-@router.get("/documents", tags=["documents"], summary="List your documents", response_model=list[DocumentOut])
-async def list_documents(
-        request: Request, response: Response, user: CurrentUser, limit: Annotated[int, Query(ge=1, le=200)] = 50,
-        status: Status = Query(None),  # the type has no None, so that the schema does not say null
-        cursor: str = Query(None, pattern=CURSOR, description="of the Link header")) -> list[Document]:
-    """Newest first. The header `Link: <...>; rel="next"` leads to the next page (RFC 8288)."""
-    created_at, _, document_id = (cursor or "").partition("_")
-    before = (created_at, document_id) if cursor else None
-    documents = service_of(request).db.documents(user.user_id, limit + 1, status, before)
-    if len(documents) > limit:
-        last = documents[limit - 1]
-        query = {"limit": limit, "cursor": f"{last.created_at}_{last.document_id}"} | (
-            {"status": status.value} if status else {})
-        response.headers["Link"] = f'<{path_prefix(request)}/documents?{urlencode(query)}>; rel="next"'
-    return documents[:limit]
-
-
-@router.get("/documents/{document_id:uuid}", tags=["documents"], summary="Get one document",
-            response_model=DocumentOut)
-async def get_one(document: OwnDocument) -> Document:
-    """What its upload answered, with its status now. Error: `not_found`."""
-    return document
-
-
-BINARY = {"schema": {"type": "string", "format": "binary"}, "example": "%PDF-1.7 ..."}
-
-
-@router.get("/documents/{document_id:uuid}/file", tags=["documents"], summary="Download the stored file",
-            response_class=StreamingResponse, responses={
-                200: {"description": "The stored bytes", "content": {
-                    media_type: BINARY for media_type in ("application/octet-stream", PDF, DOCX)}},
-                304: {"description": "The client has this file already: see If-None-Match"}})
-async def get_file(document: OwnDocument, request: Request) -> Response:
-    """The bytes that were uploaded, with their SHA-256 as ETag. Errors: `not_found`, `file_missing`."""
-    headers = {"ETag": f'"{document.sha256}"', "Cache-Control": "private, no-cache"}
-    known = ",".join(request.headers.getlist("if-none-match"))
-    if known.strip() == "*" or headers["ETag"] in known:
-        return Response(status_code=304, headers=headers)
-    try:
-        file = await run_in_threadpool(service_of(request).storage.open, document.document_id)
-    except FileNotFoundError:
-        raise Problem("file_missing") from None
-
-    async def chunks() -> AsyncIterator[bytes]:
-        with file:
-            while "head" not in request.scope and (data := await run_in_threadpool(file.read, 65536)):
-                yield data  # to HEAD nothing, see RequestMiddleware
-
-    plain, quoted = re.sub(r'[^ -~]|["\\%]', "_", document.filename), quote(document.filename, safe="")
-    return StreamingResponse(chunks(), headers=headers | {
-        "Content-Type": document.media_type, "Content-Length": str(document.size),
-        "Content-Disposition": f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quoted}"})
-
-
-@router.delete("/documents/{document_id:uuid}", tags=["documents"], summary="Delete a document", status_code=204,
-               response_class=Response)
-async def delete(document_id: uuid.UUID, request: Request, user: CurrentUser) -> None:
-    """Removes document, file and result, also while it is being processed. Error: `not_found`."""
-    if not await committed(service_of(request).db.delete(str(document_id), user.user_id)):
-        raise Problem("not_found")
-    log_event("deleted", document_id=str(document_id))
-
-
-@router.post("/documents/{document_id:uuid}/process", tags=["processing"], summary="Start processing a document",
-             status_code=202, response_model=StatusOut,
-             responses={200: {"description": "COMPLETED already: the result stands", "model": StatusOut}})
-async def process(document_id: uuid.UUID, request: Request, response: Response, user: CurrentUser) -> Document:
-    """Idempotent: however many calls come, an UPLOADED or FAILED document gets one run. Errors: `not_found`,
-    `queue_full`."""
-    service, request_id = service_of(request), request_id_of_context.get() or ""
-    document = found(await committed(service.db.enqueue(
-        str(document_id), user.user_id, request_id, service.settings.max_queue)))
-    if document.status == Status.COMPLETED:
-        response.status_code = 200
-    else:
-        service.worker.wake()
-        response.headers.update({**SOON, "Location": f"{path_prefix(request)}/documents/{document_id}/status"})
-    return document
-
-
-@router.get("/documents/{document_id:uuid}/status", tags=["processing"], summary="See how processing goes",
-            response_model=StatusOut)
-async def get_status(document: OwnDocument, request: Request, response: Response,
-                     wait: Annotated[float, Query(ge=0, le=30, description="seconds")] = 0) -> Document:
-    """With `wait` it answers when processing ends, or after that time. Error: `not_found`."""
-    service, end = service_of(request), time.monotonic() + wait
-    while document.status == Status.PROCESSING and time.monotonic() < end and not service.worker.stopping:
-        await asyncio.sleep(0.1)
-        document = found(service.db.document(document.document_id, document.owner_id))
-    if document.status == Status.PROCESSING:
-        response.headers.update(SOON)
-    return document
-
-
-@router.get("/documents/{document_id:uuid}/result", tags=["processing"], summary="Get the result of processing",
-            response_model=ResultOut)
-async def get_result(document: OwnDocument, request: Request) -> dict[str, Any]:
-    """What the pipeline made of a COMPLETED document. Errors: `not_found`, `not_processed`, `still_processing`,
-    `processing_failed`."""
-    if document.status != Status.COMPLETED:
-        code = {"UPLOADED": "not_processed", "PROCESSING": "still_processing", "FAILED": "processing_failed"}[
-            document.status]
-        raise Problem(code, **({"error": json.loads(document.error)} if document.error else {}))
-    result = service_of(request).db.result(document.document_id)
-    if result is None:  # deleted a moment ago
-        raise Problem("not_found")
-    return {"document_id": document.document_id, "status": document.status, "completed_at": document.finished_at,
-            "result": result}
-
-
 @router.get("/healthz", tags=["health"], summary="Is the process alive?")
 async def healthz() -> Health:
     """Answers as long as the process serves."""
@@ -1215,6 +1220,7 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
     logging_is_ours = configure_logging()
     application = FastAPI(
         title="Document Lifecycle API", version="1.0.0", description=DESCRIPTION, lifespan=lifespan,
+        openapi_tags=[{"name": tag} for tag in ("auth", "documents", "processing", "health")],
         redirect_slashes=False, redoc_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # OpenTelemetry, which nothing here collects
         exception_handlers={kind: answer_problem for kind in HANDLED})
