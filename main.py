@@ -169,6 +169,7 @@ class RefreshToken(BaseModel):
     grant_type: Literal["refresh_token"] = "refresh_token"
 
 
+DocumentId = Annotated[str, Field(json_schema_extra={"format": "uuid"})]
 Timestamp = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 
 
@@ -193,7 +194,7 @@ class DocumentOut(BaseModel):
         document_id="5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11", filename="report.pdf", media_type=PDF, size=80100,
         sha256="69f6b7f493b1bc55d518942976cbeadc4ec0a36f6d8a6dc24feffc516d35b2c9", status="UPLOADED",
         created_at="2026-01-31T12:00:00.000000Z", updated_at="2026-01-31T12:00:00.000000Z")
-    document_id: uuid.UUID
+    document_id: DocumentId
     filename: str
     media_type: str
     size: int = Field(description="bytes")
@@ -216,7 +217,7 @@ class StatusOut(BaseModel):
         updated_at="2026-01-31T12:00:02.000000Z", started_at="2026-01-31T12:00:01.000000Z",
         finished_at="2026-01-31T12:00:02.000000Z", error={
             "code": "damaged_document", "message": "The PDF has no end-of-file marker.", "retryable": False})
-    document_id: uuid.UUID
+    document_id: DocumentId
     status: Status
     progress: int = Field(ge=0, le=100)
     message: str
@@ -234,7 +235,7 @@ class ResultOut(BaseModel):
         document_id="5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11", status="COMPLETED",
         completed_at="2026-01-31T12:00:03.000000Z", result={
             "document_type": "PDF", "summary": "A simulated summary of report.pdf.", "keywords": ["simulated"]})
-    document_id: uuid.UUID
+    document_id: DocumentId
     status: Status
     completed_at: Timestamp
     result: Json[Any]
@@ -409,7 +410,7 @@ class Exchange:
         self._receive, self._send, self._request_id, headers = receive, send, request_id, request.headers
         self.status = 0  # of the answer, once that has begun
         self.unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
-        self._waits_for_100 = headers.get("expect", "").lower() == "100-continue"
+        self._waits_for_100 = self.unread and headers.get("expect", "").lower() == "100-continue"
 
     async def receive(self) -> Message:
         self._waits_for_100 = False  # uvicorn sends the 100 now
@@ -460,7 +461,7 @@ WRITE_SECONDS = 10.0
 
 
 class Service:
-    """What the routes work with; made by the lifespan, found in `request.state.service`."""
+    """What the routes work with; made by the lifespan, found by `service_of`."""
 
     def __init__(self, settings: Settings, storage: Storage | None, pipeline: "Pipeline | None") -> None:
         self.settings, folder = settings, settings.data_dir
@@ -530,7 +531,7 @@ async def committed(future: Future[T]) -> T:
 
 
 def service_of(request: Request) -> Service:
-    return cast(Service, request.state.service)
+    return cast(Service, request.scope["state"]["service"])
 
 
 class SessionBearer(OAuth2PasswordBearer):
@@ -1303,21 +1304,19 @@ def main(storage: Storage | None = None) -> int:
                 raise ValueError(f"there is no user {chosen.name} in {folder}")
         print(f"{chosen.command} {chosen.name}: done in {folder}")
         return 0
-    except (UnusableSetting, UnusableDatabase, ValueError, OSError, sqlite3.Error) as error:
-        print(f"{chosen.command}: {error}", file=sys.stderr)
+    except (UnusableSetting, UnusableDatabase, ValueError, OSError, sqlite3.Error, EOFError,
+            KeyboardInterrupt) as error:
+        print(f"{chosen.command}: {str(error) or 'stopped'}", file=sys.stderr)
         return 1
 
 
 def read_password() -> str:
     if not sys.stdin.isatty():
         return sys.stdin.readline().rstrip("\r\n")
-    try:
-        password = getpass.getpass("Password: ")
-        if getpass.getpass("Once more: ") != password:
-            raise ValueError("the two passwords differ")
-        return password
-    except (EOFError, KeyboardInterrupt):
-        raise ValueError("no password was given") from None
+    password = getpass.getpass("Password: ")
+    if getpass.getpass("Once more: ") != password:
+        raise ValueError("the two passwords differ")
+    return password
 
 
 def check_files(db: Database, storage: Storage, folder: Path) -> int:
