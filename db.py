@@ -83,7 +83,7 @@ END;
 FAILURE_LIMIT, FAILURE_WINDOW = 5, 15 * 60.0  # failed logins, seconds
 REFRESH_GRACE = 10.0  # seconds in which a refresh token may be used again
 MAX_SESSIONS = 50  # of one user
-INTERRUPTED = {"code": "interrupted", "message": "The run was interrupted, each time.", "retryable": True}
+INTERRUPTED = {"code": "interrupted", "message": "Every attempt was interrupted.", "retryable": True}
 MAX_BATCH, PREPARE_THREADS = 500, 4  # writes in a transaction; threads that prepare for it
 
 
@@ -198,15 +198,17 @@ class Write:
 
 def settle(batch: Sequence[Write]) -> None:
     for each in batch:
-        if each.error and not each.future.done():
+        if not each.future.set_running_or_notify_cancel():  # nobody waits any more
+            continue
+        if each.error:
             each.future.set_exception(each.error)
-        elif not each.future.done():
+        else:
             each.future.set_result(each.result)
 
 
 def fail_all(batch: Sequence[Write], error: BaseException) -> None:
     for each in batch:
-        each.error = each.error or copy.copy(error)  # a raise adds to the traceback
+        each.error = each.error or copy.copy(error)  # where each is raised, its traceback grows
 
 
 def write(method: Callable[Concatenate["Database", P], T]) -> Callable[Concatenate["Database", P], Future[T]]:
@@ -229,19 +231,24 @@ class Database:
         self._queue: SimpleQueue[Write] = SimpleQueue()
         self._closed = False
         self._lock_file = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
-        wal = path.with_name(path.name + "-wal")
-        missing = not path.exists() or not path.stat().st_size
-        if missing and (next(keys(), None) or (wal.exists() and wal.stat().st_size)):  # SQLite would remove the latter
-            raise UnusableDatabase(f"there are stored files, but {path} is missing: was it lost?")
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite gives its other files the same mode
-        self._w, self._r = (sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
-                            for _ in range(2))
         with self.lock():
+            self._check_not_lost(path, keys)
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite gives its other files the same mode
+            self._w, self._r = (sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
+                                for _ in range(2))
             self._migrate(path, keys)
         self._r.execute("PRAGMA query_only = ON")
         self._helpers = ThreadPoolExecutor(PREPARE_THREADS, "prepare")
         self._committer = threading.Thread(target=self._commit_forever, name="committer", daemon=True)
         self._committer.start()
+
+    @staticmethod
+    def _check_not_lost(path: Path, keys: Callable[[], Iterator[str]]) -> None:
+        """Before the file is opened, since SQLite removes a write-ahead log that it finds beside an empty file."""
+        wal = path.with_name(path.name + "-wal")
+        missing = not path.exists() or not path.stat().st_size
+        if missing and (next(keys(), None) or (wal.exists() and wal.stat().st_size)):
+            raise UnusableDatabase(f"there are stored files, but {path} is missing: was it lost?")
 
     def _migrate(self, path: Path, keys: Callable[[], Iterator[str]]) -> None:
         """Makes or changes the tables; changes nothing in a file that is not ours."""
@@ -311,22 +318,21 @@ class Database:
         """Prepares side by side, then one sync, then one transaction."""
         to_prepare = [each for each in batch if each.prepare]
         if to_prepare:
-            threads = min(PREPARE_THREADS, len(to_prepare))
-            list(self._helpers.map(self._prepare, [to_prepare[start::threads] for start in range(threads)]))
+            list(self._helpers.map(self._prepare, to_prepare))  # waits for all
             try:
                 self._sync()
             except BaseException as error:  # and no second try: it could succeed without what the first one lost
                 fail_all(to_prepare, error)
+        # A write that was given up is withdrawn there, also when its file could not be published.
         self._transact([each for each in batch if each.error is None or each.future.cancelled()])
 
     @staticmethod
-    def _prepare(some: Sequence[Write]) -> None:
-        for each in some:
-            try:
-                if each.prepare and not each.future.cancelled():
-                    each.prepare()
-            except BaseException as error:  # raised again by the future, where the caller waits
-                each.error = error
+    def _prepare(each: Write) -> None:
+        try:
+            if each.prepare and not each.future.cancelled():
+                each.prepare()
+        except BaseException as error:  # raised again by the future, where the caller waits
+            each.error = error
 
     def _transact(self, batch: Sequence[Write]) -> None:
         """One transaction for all. When one of the operations breaks it, each gets a transaction of its own."""

@@ -124,7 +124,7 @@ class LocalStorage:
 
 def fsync_folder(folder: str | Path) -> None:
     """Makes the names in this folder survive a power loss (fsync(2)), as far as the file system offers that."""
-    with contextlib.suppress(PermissionError):  # a folder that may be entered but not listed; any folder on Windows
+    with contextlib.suppress(PermissionError):  # a folder that may be entered but not listed
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -263,7 +263,7 @@ def test_importing_main_leaves_the_logging_of_others_alone() -> None:
         import main
         assert before == state()
         handler = logging.root.handlers.pop()
-        main.configure_logging()
+        assert main.configure_logging() and main.configure_logging()  # the second `create_app` of a process
         logging.root.handlers[:] = [handler]
         logging.warning("hello")"""
     assert re.fullmatch(rb"\d+ MainThread hello\n", subprocess.check_output([sys.executable, "-c", code], cwd=HERE))
@@ -2176,7 +2176,7 @@ def test_a_process_that_holds_the_lock_makes_others_answer_503_but_to_readers(
             assert code_of(answer) == (503, "unavailable")
         assert client.get(f"{path}/status").json()["status"] == "UPLOADED"
         with pytest.raises(TimeoutError):  # so is the claim of a worker thread
-            main.wait_for(claim := Future[None]())
+            main.wait_for_commit(claim := Future[None]())
         fcntl.flock(lock, fcntl.LOCK_UN)
         monkeypatch.undo()
         assert claim.cancelled() and client.get("/readyz").status_code == 200
