@@ -208,7 +208,10 @@ def settle(batch: Sequence[Write]) -> None:
 
 def fail_all(batch: Sequence[Write], error: BaseException) -> None:
     for each in batch:
-        each.error = each.error or copy.copy(error)  # where each is raised, its traceback grows
+        try:
+            each.error = copy.copy(error)  # where an exception is raised, its traceback grows
+        except Exception:  # some exceptions can't be copied
+            each.error = error
 
 
 def write(method: Callable[Concatenate["Database", P], T]) -> Callable[Concatenate["Database", P], Future[T]]:
@@ -322,7 +325,7 @@ class Database:
             try:
                 self._sync()
             except BaseException as error:  # and no second try: it could succeed without what the first one lost
-                fail_all(to_prepare, error)
+                fail_all([each for each in to_prepare if not each.error], error)
         # A write that was given up is withdrawn there, also when its file could not be published.
         self._transact([each for each in batch if each.error is None or each.future.cancelled()])
 

@@ -132,7 +132,7 @@ class JsonFormatter(logging.Formatter):
         if request_id := request_id_of_context.get():
             entry["request_id"] = request_id
         for name, value in getattr(record, "fields", {}).items():
-            entry[name] = value[-250:] if isinstance(value, str) else value
+            entry[name] = value[-160:] if isinstance(value, str) else value
         if record.exc_info and (failure := record.exc_info[1]):
             # An exception's text can hold what a client sent; its type and stack can't. Nor do these two quote values.
             text = f": {failure}"[:500] if isinstance(failure, (OSError, sqlite3.Error)) else ""
@@ -481,11 +481,17 @@ class Service:
             simulated_pipeline, seconds=settings.process_seconds), settings)
 
     async def remove_deleted_files(self) -> None:
-        """Removes the files of deleted documents, whatever process deleted the documents."""
+        """Removes the files of deleted documents, whatever process deleted the documents. Raises the last failure."""
+        failures = []
         for document_id in self.db.deleted_files(1000):
-            await run_in_threadpool(self.storage.delete, document_id)
-            await run_in_threadpool(self.storage.sync)
-            await committed(self.db.forget_file(document_id))
+            try:
+                await run_in_threadpool(self.storage.delete, document_id)
+                await run_in_threadpool(self.storage.sync)
+                await committed(self.db.forget_file(document_id))
+            except Exception as failure:  # holds up no other file
+                failures.append(failure)
+        if failures:
+            raise failures[-1]
 
 
 def open_stores(settings: Settings, storage: Storage | None = None) -> tuple[Database, Storage]:
@@ -496,9 +502,9 @@ def open_stores(settings: Settings, storage: Storage | None = None) -> tuple[Dat
             if not each.exists():
                 each.mkdir(mode=0o700, exist_ok=True)
                 fsync_folder(each.parent)
+        files = storage or LocalStorage(folder / "files")
     except OSError as error:
         raise UnusableSetting(f"DOCS_DATA_DIR: should be a folder that can be used ({error.strerror})") from error
-    files = storage or LocalStorage(folder / "files")
     return Database(folder / "documents.db", files.sync, files.keys), files
 
 
@@ -818,12 +824,12 @@ class Worker:
         if not self.stopping and len(self._run_ids) < self._settings.process_workers:
             self._pool.submit(self._work)
 
-    def stop(self) -> None:
-        """Begins no more runs. Those that go on have the grace; the others are taken over after their lease."""
-        self._stop_at = min(self._stop_at, time.monotonic() + self._settings.shutdown_seconds)
+    def stop(self, grace: float) -> None:
+        """Begins no more runs. Those that go on have these seconds; then they are taken over after their lease."""
+        self._stop_at = min(self._stop_at, time.monotonic() + grace)
 
     async def close(self) -> None:
-        self.stop()
+        """After `stop`: waits for the runs."""
         while self._run_ids and time.monotonic() < self._stop_at:
             await asyncio.sleep(0.02)
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -1217,7 +1223,10 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
             repeat(service.remove_deleted_files, 0.5))]
         try:
             yield {"service": service}
-        finally:  # also at a second Ctrl-C, when uvicorn leaves out the end of the lifespan
+        except asyncio.CancelledError:  # at a second Ctrl-C uvicorn leaves out the end of the lifespan
+            service.worker.stop(0)
+            raise
+        finally:
             await shut_down(service, tasks)
 
     logging_is_ours = configure_logging()
@@ -1261,12 +1270,13 @@ async def follow_server(service: Service) -> None:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, idle_ms)
     while not server.should_exit:
         await asyncio.sleep(0.1)
-    service.worker.stop()
+    service.worker.stop(grace)
 
 
 async def shut_down(service: Service, tasks: list[asyncio.Task[None]]) -> None:
     """After the last connection. Runs have what is left of the grace, which began when `follow_server` saw the signal.
     Then the database commits what it was given, for a second at most: another process may hold the lock."""
+    service.worker.stop(service.settings.shutdown_seconds)
     await service.worker.close()
     for task in tasks:
         task.cancel()
