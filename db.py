@@ -217,9 +217,9 @@ def fail_all(batch: Sequence[Write], error: BaseException) -> None:
 def write(method: Callable[Concatenate["Database", P], T]) -> Callable[Concatenate["Database", P], Future[T]]:
     """Runs the method in a transaction of the committer; its Future is done once the commit is on disk."""
     @functools.wraps(method)
-    def enqueued(self: "Database", /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+    def submitted(self: "Database", /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         return self.submit(Write(functools.partial(method, self, *args, **kwargs)))
-    return enqueued
+    return submitted
 
 
 class Database:
@@ -228,7 +228,7 @@ class Database:
         `keys` are those of the stored files. UnusableDatabase; sqlite3.Error or OSError when it can't be opened."""
         if sqlite3.sqlite_version_info < (3, 37):
             raise UnusableDatabase(f"SQLite 3.37 or newer is needed, this Python has {sqlite3.sqlite_version}")
-        # Calls its argument, which settles the futures of a batch. A server sets it to do so on its event loop.
+        # Runs a callback, which settles the futures of a batch. A server replaces it with `call_soon_threadsafe`.
         self.notify: Callable[[Callable[[], None]], Any] = lambda call: call()
         self._sync = sync
         self._queue: SimpleQueue[Write] = SimpleQueue()
@@ -367,7 +367,8 @@ class Database:
     @write
     def check_writable(self) -> None:
         """sqlite3.Error when nothing can be written now."""
-        self._w.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")  # writes a page
+        (version,) = self._w.execute("PRAGMA user_version").fetchone()  # perhaps of a later program, by now
+        self._w.execute(f"PRAGMA user_version = {version}")  # writes a page
 
     # Users and sessions
 
@@ -511,7 +512,7 @@ class Database:
 
     def documents(self, owner_id: str, limit: int, status: Status | None,
                   before: tuple[str, str] | None) -> list[Document]:
-        """Newest first, from behind (created_at, document_id) on: an index seek, however long the list is."""
+        """Newest first, starting after `before` (created_at, document_id): an index seek, however long the list is."""
         where, values = "owner_id = ?", [owner_id]
         if status:
             where, values = f"{where} AND status = ?", [*values, status]
@@ -616,7 +617,7 @@ class Database:
     @write
     def keep_leases(self, run_ids: Sequence[str], lease: float, max_attempts: int) -> tuple[list[Document], bool]:
         """The keeper's round: a sign of life for these runs. Runs whose last sign is older than the lease (or of the
-        future: then a clock was wrong) go back to the queue, or FAILED after the last attempt. The documents of
+        future, where a clock was set back) go back to the queue, or FAILED after the last attempt. The documents of
         those runs, and whether any document waits."""
         now, running = time.time(), "status = 'PROCESSING' AND run_id IS NOT NULL"
         self._w.execute(

@@ -55,7 +55,7 @@ from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
 from fastapi.security import OAuth2PasswordBearer
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Json, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Json, TypeAdapter, ValidationError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, MultipartState, parse_options_header
 from starlette.concurrency import run_in_threadpool
@@ -581,7 +581,7 @@ OwnDocument = Annotated[Document, Depends(own_document)]
 
 SMALL_BODY = 65536  # bytes: also what a multipart body may have around its file
 UPLOAD_SECONDS = 3600.0
-HELD_BY_ONE, HELD_BY_ALL = 2 * 2**20, 24 * 2**20  # bytes that uploads keep in memory
+HELD_BY_ONE, HELD_BY_ALL = 2 * 2**20, 24 * 2**20  # bytes in memory; looked at when a chunk of the upload comes
 
 
 async def body_chunks(request: Request, limit: int, seconds: float) -> AsyncIterator[bytes]:
@@ -621,7 +621,7 @@ async def read_fields(request: Request, model: type[Model]) -> Model:
             return model.model_validate_json(body)
         pairs = parse_qsl(body.decode(), keep_blank_values=True, errors="strict")
         if len(dict(pairs)) < len(pairs):  # RFC 6749, 3.2
-            raise invalid("A field is there twice.", "body")
+            raise invalid("A field occurs more than once.", "body")
         return model.model_validate(dict(pairs))
     except ValidationError as failure:
         raise RequestValidationError(failure.errors()) from None
@@ -758,6 +758,7 @@ async def store(service: Service, user: User, idempotency_key: str | None, filen
 
 # Processing
 
+RESULT: TypeAdapter[Any] = TypeAdapter(Json[Any])
 Progress = Callable[[int, str], None]
 Pipeline = Callable[[BinaryIO, Document, Progress], Any]
 
@@ -775,7 +776,7 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
     """Stands where OCR and a language model will: checks that the file is whole, takes its time, makes up a result.
 
     A pipeline gets the open file, the document, and `progress(percent, message)`, to be called between its steps: it
-    raises RunLost when the run has to end. It returns what JSON can hold; whatever it raises makes FAILED.
+    raises RunLost when the run has to end. It returns what JSON can hold; any exception marks the document FAILED.
     """
     try:
         check_is_whole(file, document.media_type)
@@ -898,7 +899,7 @@ class Worker:
         try:
             with file:
                 result = json.dumps(self._pipeline(file, document, progress), allow_nan=False, ensure_ascii=False)
-            result.encode()  # no lone surrogates
+            RESULT.validate_python(result)  # what can't be read again: lone surrogates, 200 levels and more
             return result
         except (RunLost, ProcessingFailed):
             raise

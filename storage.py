@@ -45,7 +45,7 @@ class Storage(Protocol):
     slow_publish: bool  # `publish` waits for a network: each upload calls it in a thread of its own, not the committer
 
     def create(self, key: str) -> BinaryIO:
-        """A new file to write, seek and read. It is no object of the store until `publish`."""
+        """A new file to write, seek and read. It is not visible in the store until `publish`."""
 
     def publish(self, key: str, file: BinaryIO) -> None:
         """Makes the object out of the file and closes the file. The object is durable after the next `sync`."""
@@ -162,7 +162,7 @@ class Incoming:
             self.check_start(complete=False)
 
     def check_start(self, complete: bool) -> None:
-        """BadDocument when the first bytes are of another format, or when they are all and decide nothing."""
+        """BadDocument when the first bytes are of another format, or when the file ends undecided."""
         if self._head is None:
             return
         if self.media_type == PDF:
@@ -213,7 +213,7 @@ MAX_CONTENT_TYPES, MAX_MAIN_PART = 2**18, 512 * 2**20  # bytes, unpacked
 
 
 class BoundedReads:
-    """A file for `zipfile`, which would else read a directory of whatever size and place the file claims."""
+    """A file for `zipfile`, which would otherwise read a directory of whatever size and place the file claims."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.tell, self.seekable = file, file.tell, file.seekable
