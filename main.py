@@ -543,6 +543,9 @@ def service_of(request: Request) -> Service:
 class SessionBearer(OAuth2PasswordBearer):
     """The user of the access token: its signature is checked first, then that its session still stands."""
 
+    def __init__(self) -> None:
+        super().__init__("auth/login", "OAuth2", refreshUrl="auth/refresh", auto_error=False)
+
     async def __call__(self, request: Request) -> User:  # type: ignore[override]
         token = await super().__call__(request)
         if token is None:
@@ -571,10 +574,9 @@ def found(document: Document | None) -> Document:
     return document
 
 
-signed_in, own_document = (kind("auth/login", "OAuth2", refreshUrl="auth/refresh", auto_error=False)
-                           for kind in (SessionBearer, OwnDocumentBearer))
+signed_in = SessionBearer()
 CurrentUser = Annotated[User, Depends(signed_in)]
-OwnDocument = Annotated[Document, Depends(own_document)]
+OwnDocument = Annotated[Document, Depends(OwnDocumentBearer())]
 
 
 # Bodies and uploads
