@@ -7,6 +7,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import itertools
 import os
 import re
 import secrets
@@ -273,8 +274,11 @@ def content_types(archive: zipfile.ZipFile) -> dict[str, str]:
     if len(found) != 1:
         raise BadDocument("A DOCX has one [Content_Types].xml.")
     declared: dict[str, str] = {}
+    elements = itertools.count(1)
 
     def on_element(name: str, attributes: dict[str, str]) -> None:
+        if next(elements) > MAX_ENTRIES:
+            raise BadDocument(f"[Content_Types].xml has more than {MAX_ENTRIES} elements.")
         content_type = attributes.get("ContentType", "").partition(";")[0].strip().lower()
         if name == f"{PACKAGE} Override":
             declared.setdefault(part_name(attributes.get("PartName", "")), content_type)
