@@ -539,8 +539,8 @@ class Database:
         return [document_id for (document_id,) in rows]
 
     @write
-    def forget_file(self, document_id: str) -> None:
-        self._w.execute("DELETE FROM deleted_files WHERE document_id = ?", (document_id,))
+    def forget_files(self, document_ids: Sequence[str]) -> None:
+        self._w.executemany("DELETE FROM deleted_files WHERE document_id = ?", [(each,) for each in document_ids])
 
     def _list_deleted_file(self, document_id: str) -> None:
         self._w.execute("INSERT OR IGNORE INTO deleted_files VALUES (?)", (document_id,))
@@ -616,7 +616,7 @@ class Database:
 
     @write
     def keep_leases(self, run_ids: Sequence[str], lease: float, max_attempts: int) -> tuple[list[Document], bool]:
-        """The keeper's round: a sign of life for these runs. Runs whose last sign is older than the lease (or of the
+        """Records a sign of life for these runs. Runs whose last sign is older than the lease (or of the
         future, where a clock was set back) go back to the queue, or FAILED after the last attempt. The documents of
         those runs, and whether any document waits."""
         now, running = time.time(), "status = 'PROCESSING' AND run_id IS NOT NULL"

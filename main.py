@@ -134,7 +134,7 @@ class JsonFormatter(logging.Formatter):
         for name, value in getattr(record, "fields", {}).items():
             entry[name] = value[-160:] if isinstance(value, str) else value
         if record.exc_info and (failure := record.exc_info[1]):
-            # An exception's text can hold what a client sent; its type and stack can't. Nor do these two quote values.
+            # An exception's text can hold what a client sent, except that of an OSError or sqlite3.Error.
             text = f": {failure}"[:500] if isinstance(failure, (OSError, sqlite3.Error)) else ""
             entry["exception"] = type(failure).__name__ + text
             entry["stack"] = "".join(traceback.format_tb(failure.__traceback__))[-2000:]
@@ -482,14 +482,16 @@ class Service:
 
     async def remove_deleted_files(self) -> None:
         """Removes the files of deleted documents, whatever process deleted the documents. Raises the last failure."""
-        failures = []
+        removed, failures = [], []
         for document_id in self.db.deleted_files(1000):
             try:
                 await run_in_threadpool(self.storage.delete, document_id)
-                await run_in_threadpool(self.storage.sync)
-                await committed(self.db.forget_file(document_id))
+                removed.append(document_id)
             except Exception as failure:  # holds up no other file
                 failures.append(failure)
+        if removed:
+            await run_in_threadpool(self.storage.sync)
+            await committed(self.db.forget_files(removed))
         if failures:
             raise failures[-1]
 
@@ -815,7 +817,7 @@ class Worker:
         self._db, self._storage, self._pipeline, self._settings = db, storage, pipeline, settings
         self._pool = ThreadPoolExecutor(settings.process_workers, "worker")
         self._run_ids: set[str] = set()
-        self._stop_at = math.inf  # monotonic; no run begins once this is set, and no run goes on after it
+        self._stop_at = math.inf  # monotonic; no run begins once this is set, and `progress` ends runs after it
 
     @property
     def stopping(self) -> bool:
@@ -1265,8 +1267,8 @@ async def follow_server(service: Service) -> None:
         await asyncio.sleep(0.05)
     for sock in (sock for listener in server.servers for sock in listener.sockets):
         if sock.family in (socket.AF_INET, socket.AF_INET6):
-            # Connections inherit both on Linux. Without the first one, which uvicorn does not set for several workers,
-            # an answer may wait 40 ms. The second one ends connections whose client takes nothing.
+            # Connections inherit both options on Linux. Without TCP_NODELAY, which uvicorn does not set for several
+            # workers, an answer may wait 40 ms. TCP_USER_TIMEOUT ends connections whose client takes nothing.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if hasattr(socket, "TCP_USER_TIMEOUT"):
                 idle_ms = int(1000 * service.settings.upload_idle_seconds)
@@ -1338,8 +1340,9 @@ def check_files(db: Database, storage: Storage, folder: Path) -> int:
     """Prints which files and documents lack each other; 1 when there is one."""
     keys, ids = set(storage.keys()), db.document_ids()
     time.sleep(1)  # for uploads and deletions that are under way
-    strays = keys - db.document_ids() - set(db.deleted_files())
-    missing = (ids - set(storage.keys())) & db.document_ids()
+    later_keys, later_ids = set(storage.keys()), db.document_ids()
+    strays = keys - later_ids - set(db.deleted_files())
+    missing = (ids - later_keys) & later_ids
     for line in sorted([f"no document has the file {key}" for key in strays]
                        + [f"the document {document_id} has no file" for document_id in missing]):
         print(line)
