@@ -6,7 +6,6 @@ the others read on the thread of their caller, always the same one: in a server 
 wait for writers (WAL).
 """
 import contextlib
-import copy
 import fcntl
 import functools
 import json
@@ -17,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import astuple, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from enum import StrEnum
 from pathlib import Path
@@ -107,16 +106,8 @@ class QueueFull(Refused):
     """Too many documents of this owner wait for a worker."""
 
 
-class OwnerGone(Refused):
-    """The user was removed."""
-
-
 class Throttled(Refused):
-    """Too many logins failed."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__(seconds)
-        self.seconds = seconds  # until the next login is looked at
+    """Too many logins failed. `args[0]` is the number of seconds until the next login is looked at."""
 
 
 class TokenReused(Refused):
@@ -186,11 +177,11 @@ def utc_now() -> str:
 
 @dataclass(eq=False)
 class Write:
-    """A write on its way to the disk. Whoever gives up waiting cancels `future`; then `operation` is not run."""
+    """A write on its way to the disk. Whoever gives up waiting cancels `future`, which works until the committer takes
+    the write from the queue."""
 
     operation: Callable[[], Any]
     prepare: Callable[[], None] | None = None  # publishes the file of the row; the sync and the transaction follow
-    withdraw: Callable[[], None] | None = None  # runs in the transaction instead of a cancelled operation
     future: Future[Any] = field(default_factory=Future)
     result: Any = None
     error: BaseException | None = None
@@ -198,8 +189,6 @@ class Write:
 
 def settle(batch: Sequence[Write]) -> None:
     for each in batch:
-        if not each.future.set_running_or_notify_cancel():  # nobody waits any more
-            continue
         if each.error:
             each.future.set_exception(each.error)
         else:
@@ -208,10 +197,7 @@ def settle(batch: Sequence[Write]) -> None:
 
 def fail_all(batch: Sequence[Write], error: BaseException) -> None:
     for each in batch:
-        try:
-            each.error = copy.copy(error)  # where an exception is raised, its traceback grows
-        except Exception:  # some exceptions can't be copied
-            each.error = error
+        each.error = error
 
 
 def write(method: Callable[Concatenate["Database", P], T]) -> Callable[Concatenate["Database", P], Future[T]]:
@@ -226,8 +212,6 @@ class Database:
     def __init__(self, path: Path, sync: Callable[[], None], keys: Callable[[], Iterator[str]]) -> None:
         """Opens or creates the file. `sync` makes durable what the prepares of a batch published, before its commit;
         `keys` are those of the stored files. UnusableDatabase; sqlite3.Error or OSError when it can't be opened."""
-        if sqlite3.sqlite_version_info < (3, 37):
-            raise UnusableDatabase(f"SQLite 3.37 or newer is needed, this Python has {sqlite3.sqlite_version}")
         # Runs a callback, which settles the futures of a batch. A server replaces it with `call_soon_threadsafe`.
         self.notify: Callable[[Callable[[], None]], Any] = lambda call: call()
         self._sync = sync
@@ -315,24 +299,20 @@ class Database:
                 time.sleep(0.001)
         while len(batch) < MAX_BATCH and not self._queue.empty():
             batch.append(self._queue.get())
-        return batch
+        return [each for each in batch if each.future.set_running_or_notify_cancel()]  # without those given up
 
     def _commit_batch(self, batch: list[Write]) -> None:
         """Prepares side by side, then one sync, then one transaction."""
         to_prepare = [each for each in batch if each.prepare]
         if to_prepare:
             list(self._helpers.map(self._prepare, to_prepare))  # waits for all
-            try:
-                self._sync()
-            except BaseException as error:  # and no second try: it could succeed without what the first one lost
-                fail_all([each for each in to_prepare if not each.error], error)
-        # A write that was given up is withdrawn there, also when its file could not be published.
-        self._transact([each for each in batch if each.error is None or each.future.cancelled()])
+            self._sync()  # its failure is that of the batch; a second try could succeed without what the first one lost
+        self._transact([each for each in batch if not each.error])
 
     @staticmethod
     def _prepare(each: Write) -> None:
         try:
-            if each.prepare and not each.future.cancelled():
+            if each.prepare:
                 each.prepare()
         except BaseException as error:  # raised again by the future, where the caller waits
             each.error = error
@@ -357,18 +337,14 @@ class Database:
     def _apply(each: Write) -> None:
         each.error = None
         try:
-            if not each.future.cancelled():
-                each.result = each.operation()
-            elif each.withdraw:
-                each.withdraw()
+            each.result = each.operation()
         except Refused as refusal:
             each.error = refusal
 
     @write
     def check_writable(self) -> None:
         """sqlite3.Error when nothing can be written now."""
-        (version,) = self._w.execute("PRAGMA user_version").fetchone()  # perhaps of a later program, by now
-        self._w.execute(f"PRAGMA user_version = {version}")  # writes a page
+        self._w.execute("UPDATE users SET username = username WHERE rowid = (SELECT min(rowid) FROM users)")
 
     # Users and sessions
 
@@ -476,30 +452,22 @@ class Database:
 
     # Documents
 
-    def add_document(self, document_id: str, publish: Callable[[], None] | None,
-                     row: Callable[[], Document]) -> Future[Document]:
+    def add_document(self, publish: Callable[[], None] | None, row: Callable[[], Document]) -> Future[Document]:
         """Adds what `row` returns once `publish` (None: that is done) has published the file, whose SHA-256 is known
         then. The result is that document, or the one that its owner uploaded under its key before; KeyReused when that
-        one has another content; OwnerGone. A published file that gets no row is listed in `deleted_files`."""
-        return self.submit(Write(
-            operation=lambda: self._add_document(row()),
-            prepare=publish or (lambda: None),  # what has a prepare gets the sync
-            withdraw=lambda: self._list_deleted_file(document_id)))
+        one has another content. The file of a document that is not added is listed in `deleted_files`."""
+        return self.submit(Write(lambda: self._add_document(row()), prepare=publish or (lambda: None)))
 
     def _add_document(self, new: Document) -> Document:
+        values = astuple(new)
         added = self._w.execute(
-            "INSERT INTO documents (document_id, owner_id, filename, media_type, size, sha256, status, created_at,"
-            " updated_at, idempotency_key) SELECT ?, user_id, ?, ?, ?, ?, ?, ?, ?, ? FROM users WHERE user_id = ?"
-            " ON CONFLICT (owner_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING",
-            (new.document_id, new.filename, new.media_type, new.size, new.sha256, new.status, new.created_at,
-             new.updated_at, new.idempotency_key, new.owner_id)).rowcount
+            f"INSERT INTO documents ({COLUMNS}) VALUES ({', '.join('?' * len(values))})"
+            " ON CONFLICT (owner_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING", values).rowcount
         if added:
             return new
-        self._list_deleted_file(new.document_id)
+        self._w.execute("INSERT INTO deleted_files VALUES (?)", (new.document_id,))
         known = self._find(self._w, "owner_id = ? AND idempotency_key = ?", new.owner_id, new.idempotency_key)
-        if known is None:
-            raise OwnerGone
-        if known.sha256 != new.sha256:
+        if known is None or known.sha256 != new.sha256:
             raise KeyReused
         return known
 
@@ -541,9 +509,6 @@ class Database:
     @write
     def forget_files(self, document_ids: Sequence[str]) -> None:
         self._w.executemany("DELETE FROM deleted_files WHERE document_id = ?", [(each,) for each in document_ids])
-
-    def _list_deleted_file(self, document_id: str) -> None:
-        self._w.execute("INSERT OR IGNORE INTO deleted_files VALUES (?)", (document_id,))
 
     def result(self, document_id: str) -> str | None:
         """What the pipeline returned, as JSON; None when the document is not COMPLETED or has just been deleted."""

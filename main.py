@@ -23,9 +23,9 @@ import functools
 import getpass
 import json
 import logging
+import logging.config
 import math
 import os
-import random
 import re
 import resource
 import secrets
@@ -59,13 +59,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Json, TypeAd
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, MultipartState, parse_options_header
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import auth
-from db import (Database, Document, InDoubt, KeyReused, OwnerGone, QueueFull, Refused, RunLost, Session, Status,
+from db import (Database, Document, InDoubt, KeyReused, QueueFull, Refused, RunLost, Session, Status,
                 Throttled, TokenReused, UnusableDatabase, User, utc_now, utc_text)
 from storage import (DOCX, MEDIA_TYPES, PDF, BadDocument, Incoming, LocalStorage, Storage, TooLarge, check_is_whole,
                      fsync_folder, private)
@@ -74,10 +75,6 @@ T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
 
 # Settings
-
-
-class UnusableSetting(Exception):
-    """A setting has a bad value; the text names it and says what it wants, never the value."""
 
 
 class Settings(BaseModel, frozen=True, populate_by_name=True, alias_generator=lambda name: f"DOCS_{name.upper()}"):
@@ -101,17 +98,17 @@ class Settings(BaseModel, frozen=True, populate_by_name=True, alias_generator=la
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Settings":
+        """ValueError: its text names the settings with a bad value and says what they want, never the value."""
         try:
             return cls.model_validate({name: text for name, text in environment.items() if name.startswith("DOCS_")})
         except ValidationError as error:
-            raise UnusableSetting("; ".join(f"{each['loc'][0]}: {each['msg']}" for each in error.errors())) from None
+            raise ValueError("; ".join(f"{each['loc'][0]}: {each['msg']}" for each in error.errors())) from None
 
 
 # Log
 
 log = logging.getLogger("documents")
 request_id_of_context: ContextVar[str | None] = ContextVar("request_id", default=None)
-to_json = json.JSONEncoder(default=str).encode
 
 
 def log_event(event: str, level: int = logging.INFO, *, failure: BaseException | None = None, **fields: Any) -> None:
@@ -131,28 +128,25 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name, "event": event[-1000:]}
         if request_id := request_id_of_context.get():
             entry["request_id"] = request_id
-        for name, value in getattr(record, "fields", {}).items():
-            entry[name] = value[-160:] if isinstance(value, str) else value
+        fields = getattr(record, "fields", {}).items()
+        entry |= {name: value[-160:] if isinstance(value, str) else value for name, value in fields}
         if record.exc_info and (failure := record.exc_info[1]):
             # An exception's text can hold what a client sent, except that of an OSError or sqlite3.Error.
             text = f": {failure}"[:500] if isinstance(failure, (OSError, sqlite3.Error)) else ""
             entry["exception"] = type(failure).__name__ + text
-            entry["stack"] = "".join(traceback.format_tb(failure.__traceback__))[-2000:]
-        return to_json(entry)
+            entry["stack"] = "".join(traceback.format_tb(failure.__traceback__, limit=-20))[-2000:]
+        return json.dumps(entry, default=str)
 
 
-def configure_logging() -> bool:
-    """Takes over the root logger and uvicorn's, which do not propagate, before uvicorn logs that it starts. False, and
-    all is left alone, where the root logger has a handler of others already (gunicorn, `--log-config`)."""
-    if handlers := logging.getLogger().handlers:
-        return isinstance(handlers[0].formatter, JsonFormatter)
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(JsonFormatter())
-    logging.basicConfig(handlers=[handler])
-    logging.getLogger("uvicorn").handlers.clear()
-    logging.getLogger("uvicorn").propagate = True
-    logging.getLogger("uvicorn.access").disabled = True  # the `request` event says it better, and without the query
-    return True
+LOGGING = {  # for logging.config.dictConfig
+    "version": 1, "disable_existing_loggers": False,
+    "formatters": {"json": {"()": JsonFormatter}},
+    "handlers": {"stdout": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout", "formatter": "json"}},
+    "root": {"handlers": ["stdout"], "level": "INFO"},
+    "loggers": {
+        "uvicorn": {"handlers": [], "propagate": True},
+        # The `request` event says it better, and without the query.
+        "uvicorn.access": {"handlers": [], "propagate": False}}}
 
 
 # Models: what is sent and received
@@ -270,8 +264,7 @@ PROBLEMS: dict[str, tuple[int, str, dict[str, str]]] = {
     "too_many_attempts": (429, "Too many logins. Try again later.", SOON),
     "queue_full": (429, "Too many of your documents wait for processing. Try again later.", SOON),
     "internal_error": (500, "Something went wrong here. The log knows more, under this request_id.", {}),
-    "unavailable": (503, "The database or the file store can't be used right now. Try again later.", SOON),
-    "shutting_down": (503, "The server is shutting down. Try again.", {**SOON, "Connection": "close"}),
+    "unavailable": (503, "This can't be done right now. Try again later.", SOON),
     "insufficient_storage": (507, "There is no space left to store this.", {}),
 }
 PROBLEM_SCHEMA = {
@@ -333,10 +326,10 @@ async def answer_problem(request: Request, failure: Exception) -> Response:
             errors = [{"loc": ["header", "Idempotency-Key"], "msg": "It was used for another file."}]
             problem = Problem("idempotency_key_reused", errors=errors)
         case Throttled():
-            problem = Problem("too_many_attempts", headers={"Retry-After": str(math.ceil(failure.seconds))})
+            problem = Problem("too_many_attempts", headers={"Retry-After": str(math.ceil(failure.args[0]))})
         case QueueFull():
             problem = Problem("queue_full")
-        case OwnerGone() | auth.InvalidToken():
+        case auth.InvalidToken():
             problem = Problem("invalid_token")
         case HTTPException(status_code=405):
             methods = {method for route in request.app.routes if route.matches(request.scope)[0] == Match.PARTIAL
@@ -358,6 +351,7 @@ async def answer_problem(request: Request, failure: Exception) -> Response:
 # The request middleware
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+EVERYWHERE = ((b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY"))
 DRAIN_SECONDS, DRAIN_BYTES = 30.0, 2**28
 
 
@@ -373,7 +367,7 @@ class RequestMiddleware:
         start, request = time.perf_counter(), Request(scope)
         request_id = request.headers.get("x-request-id", "")
         if not REQUEST_ID.fullmatch(request_id):
-            request_id = str(uuid.UUID(int=random.getrandbits(128), version=4))  # it names a request, it is no secret
+            request_id = str(uuid.uuid4())
         request_id_of_context.set(request_id)
         exchange = Exchange(request, receive, send, request_id)
         # uvicorn leaves out the body of an answer to HEAD by itself.
@@ -382,15 +376,11 @@ class RequestMiddleware:
             await self.app(inner_scope, exchange.receive, exchange.send)
         except ClientDisconnect:
             exchange.status = 499  # nobody is left to answer; what nginx logs
-        except (Exception, asyncio.CancelledError) as failure:
-            stopped = isinstance(failure, asyncio.CancelledError)  # by uvicorn, when the grace of a shutdown is over
-            if stopped:
-                exchange.unread = False  # no time is left to read it
-            else:
-                log_event("unhandled_error", logging.ERROR, failure=failure)
+        except (Exception, asyncio.CancelledError) as failure:  # uvicorn cancels when the grace of a shutdown is over
+            log_event("unhandled_error", logging.ERROR, failure=failure)
             if exchange.status:
                 raise
-            problem = Problem("shutting_down" if stopped else "internal_error")
+            problem = Problem("internal_error" if isinstance(failure, Exception) else "unavailable")
             await problem.response()(scope, exchange.receive, exchange.send)
         finally:
             log_event("request", method=request.method, path=scope["path"].removeprefix(path_prefix(request)),
@@ -402,47 +392,40 @@ class Exchange:
     """One request and its answer.
 
     An answer that is given before the body was read would be lost when the server closes the connection while the
-    client still sends (RFC 9112, 9.6). So the rest of the body is read and thrown away between the answer and its end,
-    within DRAIN_SECONDS and DRAIN_BYTES. A client that waits for `100 Continue` sends no body before its answer.
+    client still sends (RFC 9112, 9.6). So the end of the answer, which has no bytes, waits until the rest of the body
+    was read and thrown away, within DRAIN_SECONDS and DRAIN_BYTES.
     """
 
     def __init__(self, request: Request, receive: Receive, send: Send, request_id: str) -> None:
         self._receive, self._send, self._request_id, headers = receive, send, request_id, request.headers
         self.status = 0  # of the answer, once that has begun
-        self.unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
-        self._waits_for_100 = self.unread and headers.get("expect", "").lower() == "100-continue"
+        self._unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
     async def receive(self) -> Message:
-        self._waits_for_100 = False  # uvicorn sends the 100 now
         message = await self._receive()
-        self.unread = message.get("more_body", False)
+        self._unread = message.get("more_body", False)
         return message
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            if self.unread and not self._waits_for_100:
-                await self._drain(0.05)  # a small rest is no reason to close the connection
-            headers, names = message["headers"], {name for name, _ in message["headers"]}
-            headers += [(b"x-request-id", self._request_id.encode()), (b"x-content-type-options", b"nosniff"),
-                        (b"x-frame-options", b"DENY")]
-            if b"cache-control" not in names:
-                headers.append((b"cache-control", b"no-store"))
-            if self.unread and b"connection" not in names:
-                headers.append((b"connection", b"close"))
-            await self._send(message)
-        elif self.unread and not message.get("more_body", False):
+            MutableHeaders(raw=message["headers"]).setdefault("Cache-Control", "no-store")
+            message["headers"] += [(b"x-request-id", self._request_id.encode()), *EVERYWHERE]
+            if self._unread:
+                await asyncio.sleep(0)  # uvicorn has answered a malformed body by itself; now it knows
+        elif self._unread and not message.get("more_body", False):
             await self._send({**message, "more_body": True})
-            await self._drain(DRAIN_SECONDS)  # with the answer begun, uvicorn sends no 100
-            await self._send({"type": "http.response.body"})
-        else:
-            await self._send(message)
+            await self._drain()
+            if self._unread:  # uvicorn closes the connection of an answer without an end
+                return
+            message = {"type": "http.response.body"}
+        await self._send(message)
 
-    async def _drain(self, seconds: float) -> None:
+    async def _drain(self) -> None:
         drained = 0
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                while self.unread and drained < DRAIN_BYTES:
+            async with asyncio.timeout(DRAIN_SECONDS):
+                while self._unread and drained < DRAIN_BYTES:
                     drained += len((await self.receive()).get("body", b""))
 
 
@@ -470,7 +453,6 @@ class Service:
         self.open_uploads = 0
         self.password_checks = asyncio.Semaphore(2)  # scrypt takes 16 MiB and a processor
         self.logins: Counter[str] = Counter()  # under way, by throttle key
-        self.ready_until = 0.0  # monotonic
         if not self.db.has_users():
             file = folder / "initial-password"
             password = settings.admin_password or secret_file(self.db, file)
@@ -481,19 +463,17 @@ class Service:
             simulated_pipeline, seconds=settings.process_seconds), settings)
 
     async def remove_deleted_files(self) -> None:
-        """Removes the files of deleted documents, whatever process deleted the documents. Raises the last failure."""
-        removed, failures = [], []
-        for document_id in self.db.deleted_files(1000):
-            try:
+        """Removes the files of deleted documents, whatever process deleted the documents. The first failure ends the
+        round, and the next round begins with other files."""
+        removed = []
+        try:
+            for document_id in self.db.deleted_files(1000):
                 await run_in_threadpool(self.storage.delete, document_id)
                 removed.append(document_id)
-            except Exception as failure:  # holds up no other file
-                failures.append(failure)
-        if removed:
-            await run_in_threadpool(self.storage.sync)
-            await committed(self.db.forget_files(removed))
-        if failures:
-            raise failures[-1]
+        finally:
+            if removed:
+                await run_in_threadpool(self.storage.sync)
+                await committed(self.db.forget_files(removed))
 
 
 def open_stores(settings: Settings, storage: Storage | None = None) -> tuple[Database, Storage]:
@@ -506,7 +486,7 @@ def open_stores(settings: Settings, storage: Storage | None = None) -> tuple[Dat
                 fsync_folder(each.parent)
         files = storage or LocalStorage(folder / "files")
     except OSError as error:
-        raise UnusableSetting(f"DOCS_DATA_DIR: should be a folder that can be used ({error.strerror})") from error
+        raise ValueError(f"DOCS_DATA_DIR: should be a folder that can be used ({error.strerror})") from error
     return Database(folder / "documents.db", files.sync, files.keys), files
 
 
@@ -524,17 +504,17 @@ def secret_file(db: Database, path: Path) -> str:
 
 
 async def committed(future: Future[T]) -> T:
-    """What a write to the database returned, once it is on disk. InDoubt when that takes too long; the write is given
-    up then, unless its transaction has begun."""
+    """What a write to the database returned, once it is on disk. A write that waits too long is given up: TimeoutError.
+    When the committer has begun with it, nobody can tell: InDoubt."""
     settled = asyncio.Event()
     future.add_done_callback(lambda _: settled.set())  # on the loop: see Database.notify
     try:
         async with asyncio.timeout(WRITE_SECONDS):
             await settled.wait()
     except TimeoutError:
+        if future.cancel():
+            raise
         raise InDoubt("the write took too long") from None
-    finally:
-        future.cancel()
     return future.result()
 
 
@@ -561,15 +541,6 @@ class SessionBearer(OAuth2PasswordBearer):
         return user
 
 
-class OwnDocumentBearer(SessionBearer):
-    """The document, if it is the caller's; somebody else's is as unknown as one that never was. A second dependency on
-    top of SessionBearer would take a twentieth of the time of a request."""
-
-    async def __call__(self, document_id: uuid.UUID, request: Request) -> Document:  # type: ignore[override]
-        user = await super().__call__(request)
-        return found(service_of(request).db.document(str(document_id), user.user_id))
-
-
 def found(document: Document | None) -> Document:
     if document is None:
         raise Problem("not_found")
@@ -578,7 +549,14 @@ def found(document: Document | None) -> Document:
 
 signed_in = SessionBearer()
 CurrentUser = Annotated[User, Depends(signed_in)]
-OwnDocument = Annotated[Document, Depends(OwnDocumentBearer())]
+
+
+async def own_document(document_id: uuid.UUID, request: Request, user: CurrentUser) -> Document:
+    """The document, if it is the caller's; somebody else's is as unknown as one that never was."""
+    return found(service_of(request).db.document(str(document_id), user.user_id))
+
+
+OwnDocument = Annotated[Document, Depends(own_document)]
 
 
 # Bodies and uploads
@@ -604,13 +582,11 @@ async def body_chunks(request: Request, limit: int, seconds: float) -> AsyncIter
             raise Problem("upload_timeout") from None
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
-        more, chunk = message.get("more_body", False), message.get("body", b"")
-        size += len(chunk)
+        more = message.get("more_body", False)
+        size += len(message.get("body", b""))
         if size > limit:
             raise Problem("too_large")
-        del message
-        yield chunk
-        del chunk  # a thousand uploads that wait for their next chunk would hold a lot
+        yield message.pop("body", b"")  # not held here while the next one is waited for
 
 
 async def read_fields(request: Request, model: type[Model]) -> Model:
@@ -623,59 +599,48 @@ async def read_fields(request: Request, model: type[Model]) -> Model:
     try:
         if media_type == b"application/json":
             return model.model_validate_json(body)
-        pairs = parse_qsl(body.decode(), keep_blank_values=True, errors="strict")
+        pairs = parse_qsl(body.decode(errors="replace"), keep_blank_values=True)
         if len(dict(pairs)) < len(pairs):  # RFC 6749, 3.2
             raise invalid("A field occurs more than once.", "body")
         return model.model_validate(dict(pairs))
     except ValidationError as failure:
         raise RequestValidationError(failure.errors()) from None
-    except ValueError:
-        raise invalid("The form can't be read.", "body") from None
 
 
 class MultipartFile:
     """The part `file` of a multipart/form-data body (RFC 7578): its content goes to an Incoming as it comes."""
 
-    def __init__(self, content_type: str | None, start: Callable[[str], Incoming]) -> None:
+    def __init__(self, content_type: str | None, incoming: Incoming) -> None:
         media_type, options = parse_options_header(content_type)
         if media_type != b"multipart/form-data":
             raise Problem("unsupported_media_type", "Send multipart/form-data with a part named file.")
-        self.filename, self.incoming = "", cast(Incoming | None, None)
-        self._start, self._in_file = start, False
-        self._around = 0  # bytes that are not the file's
-        self._name, self._value, self._headers = bytearray(), bytearray(), dict[bytes, bytes]()
-        boundary = options.get(b"boundary", b"")
+        boundary = options.get(b"boundary")
         if not boundary:
             raise FormParserError
+        self.filename, self._incoming, self._in_file = "", incoming, False
+        self._around = 0  # bytes that are not the file's
+        self._name, self._value, self._headers = bytearray(), bytearray(), dict[bytes, bytes]()
         self._parser = MultipartParser(boundary, {
-            "on_header_field": self._on_header_field, "on_header_value": self._on_header_value,
+            "on_header_field": lambda data, start, end: self._name.extend(data[start:end]),
+            "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
             "on_header_end": self._on_header_end, "on_headers_finished": self._on_headers_finished,
             "on_part_data": self._on_part_data}, max_header_size=SMALL_BODY)
-        self._first_line = b"--%b\r\n" % boundary
+        # The parser takes no preamble (RFC 2046, 5.1.1). This makes it the data of a part without a name.
+        self._parser.write(b"--%b\r\n\r\n\r\n" % boundary)
 
     def feed(self, chunk: bytes) -> None:
         self._around += len(chunk)
-        if self._parser.state == MultipartState.START and not chunk.startswith(self._first_line):
-            # The parser takes no preamble (RFC 2046, 5.1.1). This makes it the data of a part without a name.
-            self._parser.write(self._first_line + b"\r\n\r\n")
         self._parser.write(chunk)
         if self._around > SMALL_BODY:
             raise Problem("too_large", f"There are more than {SMALL_BODY} bytes around the file.")
 
-    def end(self) -> Incoming:
-        """The Incoming, which has the whole file now."""
+    def end(self) -> None:
+        """The body has ended; Problem, FormParserError or BadDocument when there is no good file in it."""
         if self._parser.state != MultipartState.END:
             raise FormParserError
-        if self.incoming is None or not self.incoming.size:
+        if not self._incoming.size:
             raise invalid("There is no part named file, or it is empty.", "body", "file")
-        self.incoming.check_start(complete=True)
-        return self.incoming
-
-    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
-        self._name += data[start:end]
-
-    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
-        self._value += data[start:end]
+        self._incoming.check_start(complete=True)
 
     def _on_header_end(self) -> None:
         self._headers[bytes(self._name).lower()] = bytes(self._value)
@@ -690,20 +655,20 @@ class MultipartFile:
         self._in_file = options.get(b"name") == b"file"
         if not self._in_file:
             return
-        if self.incoming is not None:
+        if self.filename:
             raise invalid("There are two parts named file.", "body", "file")
         self.filename = shown_filename(decoded_filename(options))
         if not self.filename:
             raise invalid("The part named file has no filename.", "body", "file")
-        media_type = MEDIA_TYPES.get(os.path.splitext(self.filename)[1].lower())
-        if media_type is None:
+        extension = os.path.splitext(self.filename)[1].lower()
+        if extension not in MEDIA_TYPES:
             raise Problem("unsupported_media_type", "The filename has to end in .pdf or .docx.")
-        self.incoming = self._start(media_type)
+        self._incoming.media_type = MEDIA_TYPES[extension]
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
-        if self._in_file and self.incoming:
+        if self._in_file:
             self._around -= end - start
-            self.incoming.feed(data[start:end])
+            self._incoming.feed(data[start:end])
 
 
 def decoded_filename(options: Mapping[bytes, bytes]) -> str:
@@ -732,32 +697,30 @@ def shown_filename(name: str) -> str:
     return (stem or "document") + dot + extension
 
 
-async def read_file(request: Request, form: MultipartFile) -> Incoming:
-    """Reads the body. What the file holds in memory beyond its share is written in a thread."""
-    service = service_of(request)
+async def read_file(request: Request, incoming: Incoming) -> str:
+    """Reads the body: the name of the file. What the file holds in memory beyond its share is written in a thread."""
+    service, form = service_of(request), MultipartFile(request.headers.get("content-type"), incoming)
     async for chunk in body_chunks(request, service.settings.max_upload_bytes + SMALL_BODY, UPLOAD_SECONDS):
         form.feed(chunk)
-        del chunk
-        share = min(HELD_BY_ONE, HELD_BY_ALL // service.open_uploads)
-        if form.incoming and form.incoming.held > share:
-            await run_in_threadpool(form.incoming.flush)
-    return form.end()
+        del chunk  # a thousand uploads that wait for their next chunk would hold a lot
+        if incoming.held > min(HELD_BY_ONE, HELD_BY_ALL // service.open_uploads):
+            await run_in_threadpool(incoming.flush)
+    form.end()
+    return form.filename
 
 
-async def store(service: Service, user: User, idempotency_key: str | None, filename: str,
-                incoming: Incoming) -> Document:
+async def store(service: Service, incoming: Incoming, filename: str, owner: User, key: str | None) -> Document:
     """Publishes the file and adds its row: the document, or the one that was uploaded under the key before."""
     def row() -> Document:
         now = utc_now()
         return Document(
-            incoming.key, user.user_id, filename, incoming.media_type, incoming.size, incoming.sha256.hexdigest(),
-            Status.UPLOADED, now, now, idempotency_key=idempotency_key)
+            incoming.key, owner.user_id, filename, incoming.media_type, incoming.size, incoming.sha256.hexdigest(),
+            Status.UPLOADED, now, now, idempotency_key=key)
 
-    publish: Callable[[], None] | None = incoming.finish  # by the committer: small PDFs share one sync
-    if incoming.size > HELD_BY_ONE or incoming.media_type == DOCX or service.storage.slow_publish:
-        await run_in_threadpool(incoming.finish)
-        publish = None
-    return await committed(service.db.add_document(incoming.key, publish, row))
+    if incoming.size <= HELD_BY_ONE and incoming.media_type == PDF and not service.storage.slow_publish:
+        return await committed(service.db.add_document(incoming.finish, row))  # small PDFs share one sync
+    await run_in_threadpool(incoming.finish)
+    return await committed(service.db.add_document(None, row))
 
 
 # Processing
@@ -897,11 +860,7 @@ class Worker:
                 log_event("storage_error", logging.ERROR, failure=failure)
 
         try:
-            file = self._storage.open(document.document_id)
-        except FileNotFoundError as failure:
-            raise ProcessingFailed("file_missing", "The stored file is gone.", retryable=False) from failure
-        try:
-            with file:
+            with self._storage.open(document.document_id) as file:
                 result = json.dumps(self._pipeline(file, document, progress), allow_nan=False, ensure_ascii=False)
             RESULT.validate_python(result)  # what can't be read again: lone surrogates, 200 levels and more
             return result
@@ -937,24 +896,21 @@ async def upload(request: Request) -> Response:
     idempotency_key = request.headers.get("idempotency-key")
     if idempotency_key is not None and not re.fullmatch(IDEMPOTENCY_KEY, idempotency_key):
         raise invalid("Use 1 to 128 visible ASCII characters.", "header", "Idempotency-Key")
-    new_id = str(uuid.uuid4())
-    form = MultipartFile(request.headers.get("content-type"), lambda media_type: Incoming(
-        service.storage, new_id, media_type, service.settings.max_upload_bytes))
+    incoming = Incoming(service.storage, str(uuid.uuid4()), service.settings.max_upload_bytes)
     service.open_uploads += 1
     try:
-        incoming = await read_file(request, form)
-        document = await store(service, user, idempotency_key, form.filename, incoming)
-    except (Refused, InDoubt):  # the database has listed the file in `deleted_files`, or may have its row
+        filename = await read_file(request, incoming)
+        document = await store(service, incoming, filename, user, idempotency_key)
+    except InDoubt:  # the file may have its row
         raise
     except Exception:
-        if form.incoming:
-            await run_in_threadpool(form.incoming.discard)
+        await run_in_threadpool(incoming.discard)
         raise
     finally:
         service.open_uploads -= 1
     headers = {"Location": f"{path_prefix(request)}/documents/{document.document_id}"}
-    if document.document_id == new_id:
-        log_event("uploaded", document_id=new_id, size=document.size, media_type=document.media_type)
+    if document.document_id == incoming.key:
+        log_event("uploaded", document_id=incoming.key, size=incoming.size, media_type=incoming.media_type)
     else:
         headers["Idempotency-Replayed"] = "true"
     return Response(DocumentOut.model_validate(document).model_dump_json(), 201, headers, "application/json")
@@ -1183,16 +1139,14 @@ async def healthz() -> Health:
 
 @router.get("/readyz", tags=["health"], summary="Can documents be taken?")
 async def readyz(request: Request) -> Health:
-    """Writes to the database and to the file store. Success is cached for a second. Error: `unavailable`."""
+    """Writes to the database and to the file store. Error: `unavailable`."""
     service = service_of(request)
-    if time.monotonic() > service.ready_until:
-        try:
-            await run_in_threadpool(service.storage.check)
-            await committed(service.db.check_writable())
-        except (OSError, sqlite3.Error) as failure:
-            log_event("storage_error", logging.ERROR, failure=failure)
-            raise Problem("unavailable") from None
-        service.ready_until = time.monotonic() + 1
+    try:
+        await run_in_threadpool(service.storage.check)
+        await committed(service.db.check_writable())
+    except (OSError, sqlite3.Error) as failure:
+        log_event("storage_error", logging.ERROR, failure=failure)
+        raise Problem("unavailable") from None
     return Health()
 
 
@@ -1215,8 +1169,7 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
         chosen = settings or Settings.from_environment(os.environ)
-        for name in ("", "uvicorn", "uvicorn.error") if logging_is_ours else ("documents",):
-            logging.getLogger(name).setLevel(chosen.log_level)
+        log.setLevel(chosen.log_level)
         # An upload takes two descriptors; the usual soft limit of 1,024 would end at 500 of them.
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if 0 <= soft < 65536:
@@ -1234,7 +1187,8 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
         finally:
             await shut_down(service, tasks)
 
-    logging_is_ours = configure_logging()
+    if not logging.getLogger().handlers:  # else somebody configures it: gunicorn, `uvicorn --log-config`
+        logging.config.dictConfig(LOGGING)
     application = FastAPI(
         title="Document Lifecycle API", version="1.0.0", description=DESCRIPTION, lifespan=lifespan,
         openapi_tags=[{"name": tag} for tag in ("auth", "documents", "processing", "health")],
@@ -1261,8 +1215,7 @@ async def follow_server(service: Service) -> None:
     if not isinstance(server, uvicorn.Server):
         return
     grace = service.settings.shutdown_seconds
-    server.config.timeout_graceful_shutdown = min(
-        server.config.timeout_graceful_shutdown or math.inf, grace)  # type: ignore[assignment]
+    server.config.timeout_graceful_shutdown = grace  # type: ignore[assignment]
     while not server.started:
         await asyncio.sleep(0.05)
     for sock in (sock for listener in server.servers for sock in listener.sockets):
@@ -1287,9 +1240,7 @@ async def shut_down(service: Service, tasks: list[asyncio.Task[None]]) -> None:
         task.cancel()
     closing = threading.Thread(target=service.db.close, name="close", daemon=True)
     closing.start()
-    end = time.monotonic() + 1
-    while closing.is_alive() and time.monotonic() < end:
-        await asyncio.sleep(0.02)
+    closing.join(1)
 
 
 # Commands
@@ -1321,7 +1272,7 @@ def main(storage: Storage | None = None) -> int:
                 raise ValueError(f"there is no user {chosen.name} in {folder}")
         print(f"{chosen.command} {chosen.name}: done in {folder}")
         return 0
-    except (UnusableSetting, UnusableDatabase, ValueError, OSError, sqlite3.Error, EOFError,
+    except (ValueError, UnusableDatabase, OSError, sqlite3.Error, EOFError,
             KeyboardInterrupt) as error:
         print(f"{chosen.command}: {str(error) or 'stopped'}", file=sys.stderr)
         return 1

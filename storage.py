@@ -142,8 +142,9 @@ class Incoming:
     One method at a time. `feed` works in memory, so it fits an event loop; the others wait for the storage.
     """
 
-    def __init__(self, storage: Storage, key: str, media_type: str, max_size: int) -> None:
-        self.key, self.media_type, self.size = key, media_type, 0
+    def __init__(self, storage: Storage, key: str, max_size: int) -> None:
+        self.key, self.size = key, 0
+        self.media_type = ""  # to be set before the first `feed`
         self.sha256 = hashlib.sha256()
         self.held = 0  # bytes of memory
         self._storage, self._max_size = storage, max_size
