@@ -66,9 +66,9 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import auth
-from db import (Database, Document, InDoubt, KeyReused, QueueFull, Refused, RunLost, Session, Status,
+from db import (Database, Document, InDoubt, KeyReused, QueueFull, RunLost, Session, Status,
                 Throttled, TokenReused, UnusableDatabase, User, utc_now, utc_text)
-from storage import (DOCX, MEDIA_TYPES, PDF, BadDocument, Incoming, LocalStorage, Storage, TooLarge, check_is_whole,
+from storage import (DOCX, MEDIA_TYPES, PDF, BadDocument, Incoming, LocalStorage, Storage, check_is_whole,
                      fsync_folder, private)
 
 T = TypeVar("T")
@@ -304,11 +304,7 @@ def invalid(msg: str, *loc: str) -> RequestValidationError:
     return RequestValidationError([{"loc": loc, "msg": msg}])
 
 
-HANDLED = (Problem, RequestValidationError, HTTPException, FormParserError, BadDocument, TooLarge, Refused,
-           auth.InvalidToken, OSError, sqlite3.Error)
-
-
-async def answer_problem(request: Request, failure: Exception) -> Response:
+async def answer_problem(request: Request, failure: BaseException) -> Response:
     """The table from exceptions, ours and those of the libraries, to answers."""
     match failure:
         case Problem():
@@ -320,8 +316,6 @@ async def answer_problem(request: Request, failure: Exception) -> Response:
             problem = Problem("unsupported_media_type", str(failure))
         case FormParserError():
             problem = Problem("malformed_body")
-        case TooLarge():
-            problem = Problem("too_large")
         case KeyReused():
             errors = [{"loc": ["header", "Idempotency-Key"], "msg": "It was used for another file."}]
             problem = Problem("idempotency_key_reused", errors=errors)
@@ -343,8 +337,11 @@ async def answer_problem(request: Request, failure: Exception) -> Response:
             full = (getattr(failure, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
                     or getattr(failure, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL)
             problem = Problem("insufficient_storage" if full else "unavailable")
+        case asyncio.CancelledError():  # by uvicorn, when the grace of a shutdown is over
+            problem = Problem("unavailable")
         case _:
-            raise failure
+            log_event("unhandled_error", logging.ERROR, failure=failure)
+            problem = Problem("internal_error")
     return problem.response()
 
 
@@ -356,7 +353,7 @@ DRAIN_SECONDS, DRAIN_BYTES = 30.0, 2**28
 
 
 class RequestMiddleware:
-    """What holds for every request: its id, its headers, its line in the log, `HEAD`, and the last-resort 500."""
+    """What holds for every request: its id, its headers, its line in the log, `HEAD`, and the answer to its failure."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -376,12 +373,11 @@ class RequestMiddleware:
             await self.app(inner_scope, exchange.receive, exchange.send)
         except ClientDisconnect:
             exchange.status = 499  # nobody is left to answer; what nginx logs
-        except (Exception, asyncio.CancelledError) as failure:  # uvicorn cancels when the grace of a shutdown is over
-            log_event("unhandled_error", logging.ERROR, failure=failure)
-            if exchange.status:
+        except (Exception, asyncio.CancelledError) as failure:
+            response = await answer_problem(request, failure)
+            if exchange.status:  # the answer has begun; uvicorn cuts it off
                 raise
-            problem = Problem("internal_error" if isinstance(failure, Exception) else "unavailable")
-            await problem.response()(scope, exchange.receive, exchange.send)
+            await response(scope, exchange.receive, exchange.send)
         finally:
             log_event("request", method=request.method, path=scope["path"].removeprefix(path_prefix(request)),
                       status=exchange.status, duration_ms=round(1000 * (time.perf_counter() - start), 3),
@@ -635,12 +631,11 @@ class MultipartFile:
             raise Problem("too_large", f"There are more than {SMALL_BODY} bytes around the file.")
 
     def end(self) -> None:
-        """The body has ended; Problem, FormParserError or BadDocument when there is no good file in it."""
+        """The body has ended; FormParserError or RequestValidationError when there is no file in it."""
         if self._parser.state != MultipartState.END:
             raise FormParserError
         if not self._incoming.size:
             raise invalid("There is no part named file, or it is empty.", "body", "file")
-        self._incoming.check_start(complete=True)
 
     def _on_header_end(self) -> None:
         self._headers[bytes(self._name).lower()] = bytes(self._value)
@@ -691,10 +686,8 @@ def shown_filename(name: str) -> str:
     name = re.sub("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]", "", name)
     name = unicodedata.normalize("NFC", name).strip()
     stem, dot, extension = name.rpartition(".")
-    if not dot or len(extension) > 16:
-        return name.encode()[:255].decode(errors="ignore")
     stem = stem.encode()[:255 - len((dot + extension).encode())].decode(errors="ignore")
-    return (stem or "document") + dot + extension
+    return (stem or "document") + dot + extension if name else ""
 
 
 async def read_file(request: Request, incoming: Incoming) -> str:
@@ -703,6 +696,8 @@ async def read_file(request: Request, incoming: Incoming) -> str:
     async for chunk in body_chunks(request, service.settings.max_upload_bytes + SMALL_BODY, UPLOAD_SECONDS):
         form.feed(chunk)
         del chunk  # a thousand uploads that wait for their next chunk would hold a lot
+        if incoming.size > service.settings.max_upload_bytes:
+            raise Problem("too_large")
         if incoming.held > min(HELD_BY_ONE, HELD_BY_ALL // service.open_uploads):
             await run_in_threadpool(incoming.flush)
     form.end()
@@ -807,10 +802,8 @@ class Worker:
         lost, waiting = await committed(self._db.keep_leases(
             list(self._run_ids), self._settings.lease_seconds, self._settings.max_attempts))
         for document in lost:
-            if document.status == Status.FAILED:
-                log_run("process_failed", document, error="interrupted")
-            else:
-                log_run("process_requeued", document)
+            event = "process_failed" if document.status == Status.FAILED else "process_requeued"
+            log_run(event, document, error="interrupted")
         for _ in range(self._settings.process_workers if waiting else 0):
             self.wake()
 
@@ -896,7 +889,7 @@ async def upload(request: Request) -> Response:
     idempotency_key = request.headers.get("idempotency-key")
     if idempotency_key is not None and not re.fullmatch(IDEMPOTENCY_KEY, idempotency_key):
         raise invalid("Use 1 to 128 visible ASCII characters.", "header", "Idempotency-Key")
-    incoming = Incoming(service.storage, str(uuid.uuid4()), service.settings.max_upload_bytes)
+    incoming = Incoming(service.storage, str(uuid.uuid4()))
     service.open_uploads += 1
     try:
         filename = await read_file(request, incoming)
@@ -1194,7 +1187,7 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
         openapi_tags=[{"name": tag} for tag in ("auth", "documents", "processing", "health")],
         redirect_slashes=False, redoc_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # OpenTelemetry, which nothing here collects
-        exception_handlers={kind: answer_problem for kind in HANDLED})
+        exception_handlers={kind: answer_problem for kind in (HTTPException, RequestValidationError)})
     application.add_middleware(RequestMiddleware)
     application.router.routes[:0] = router.routes  # `include_router` would match each request twice
     return application

@@ -33,10 +33,6 @@ class BadDocument(Exception):
     """The content is not a good PDF or DOCX. The text says why, for people."""
 
 
-class TooLarge(Exception):
-    """The file is larger than its limit."""
-
-
 class Storage(Protocol):
     """A flat store of immutable objects. Keys are 1-64 of `A-Z a-z 0-9 -`, made by the server, never used twice.
 
@@ -142,40 +138,31 @@ class Incoming:
     One method at a time. `feed` works in memory, so it fits an event loop; the others wait for the storage.
     """
 
-    def __init__(self, storage: Storage, key: str, max_size: int) -> None:
+    def __init__(self, storage: Storage, key: str) -> None:
         self.key, self.size = key, 0
         self.media_type = ""  # to be set before the first `feed`
         self.sha256 = hashlib.sha256()
         self.held = 0  # bytes of memory
-        self._storage, self._max_size = storage, max_size
+        self._storage = storage
         self._pieces: list[bytes] = []
         self._head: bytes | None = b""  # None: the content begins as its media type does
         self._file: BinaryIO | None = None
 
     def feed(self, piece: bytes) -> None:
-        """Takes the next piece. TooLarge, BadDocument."""
+        """Takes the next piece. BadDocument when the file does not begin as its media type does."""
         self.size += len(piece)
-        if self.size > self._max_size:
-            raise TooLarge
         self._pieces.append(piece)
         self.held += len(piece) + 64  # a piece is a Python object too
         if self._head is not None:
             self._head = (self._head + piece)[:1024]
-            self.check_start(complete=False)
+            self._check_start(decided=len(self._head) >= (1024 if self.media_type == PDF else 8))
 
-    def check_start(self, complete: bool) -> None:
-        """BadDocument when the first bytes are of another format, or when the file ends undecided."""
-        if self._head is None:
-            return
-        if self.media_type == PDF:
-            good, decided = b"%PDF-" in self._head, len(self._head) == 1024
-        else:
-            good, decided = self._head.startswith(b"PK\x03\x04"), len(self._head) >= 8
-        if good:
+    def _check_start(self, decided: bool) -> None:
+        head = self._head or b""
+        if b"%PDF-" in head if self.media_type == PDF else head.startswith(b"PK\x03\x04"):
             self._head = None
-        elif decided or complete:
-            encrypted = self._head.startswith(OLE_MAGIC)
-            raise BadDocument("This Office file is encrypted (or of the old .doc format)." if encrypted
+        elif decided:
+            raise BadDocument("This Office file is encrypted (or of the old .doc format)." if head.startswith(OLE_MAGIC)
                               else "The content is not what the extension says.")
 
     def flush(self) -> BinaryIO:
@@ -190,7 +177,9 @@ class Incoming:
         return file
 
     def finish(self) -> None:
-        """Writes the rest and publishes the file. A DOCX is checked before: BadDocument."""
+        """Checks the file, writes the rest and publishes it. BadDocument."""
+        if self._head is not None:
+            self._check_start(decided=True)
         file = self.flush()
         if self.media_type == DOCX:
             check_is_docx(file)
