@@ -306,7 +306,8 @@ class Database:
         to_prepare = [each for each in batch if each.prepare]
         if to_prepare:
             list(self._helpers.map(self._prepare, to_prepare))  # waits for all
-            self._sync()  # its failure is that of the batch; a second try could succeed without what the first one lost
+            # Its failure fails the batch. A second fsync could succeed although the first one lost the names of files.
+            self._sync()
         self._transact([each for each in batch if not each.error])
 
     @staticmethod
@@ -319,19 +320,22 @@ class Database:
 
     def _transact(self, batch: Sequence[Write]) -> None:
         """One transaction for all. When one of the operations breaks it, each gets a transaction of its own."""
-        committing = False
+        step = "BEGIN"
         try:
             with self.lock(), self._w:  # commits, or rolls back
                 self._w.execute("BEGIN IMMEDIATE")
+                step = "operations"
                 for each in batch:
                     self._apply(each)
-                committing = True
+                step = "COMMIT"
         except BaseException as error:
-            full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL  # then nothing was committed
-            if committing or len(batch) == 1:
-                return fail_all(batch, InDoubt(str(error)) if committing and not full else error)
-            for each in batch:
-                self._transact([each])
+            if step == "operations" and len(batch) > 1:
+                for each in batch:
+                    self._transact([each])
+            elif step == "COMMIT" and getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL:
+                fail_all(batch, InDoubt(str(error)))
+            else:  # nothing was committed
+                fail_all(batch, error)
 
     @staticmethod
     def _apply(each: Write) -> None:
@@ -456,6 +460,7 @@ class Database:
         """Adds what `row` returns once `publish` (None: that is done) has published the file, whose SHA-256 is known
         then. The result is that document, or the one that its owner uploaded under its key before; KeyReused when that
         one has another content. The file of a document that is not added is listed in `deleted_files`."""
+        # A write with a `prepare`, even an empty one, waits for the sync.
         return self.submit(Write(lambda: self._add_document(row()), prepare=publish or (lambda: None)))
 
     def _add_document(self, new: Document) -> Document:

@@ -300,8 +300,8 @@ class Problem(Exception):
         return Response(json.dumps(content), status, {**headers, **self.headers}, "application/problem+json")
 
 
-def invalid(msg: str, *loc: str) -> RequestValidationError:
-    return RequestValidationError([{"loc": loc, "msg": msg}])
+def invalid(msg: str, *loc: str) -> Problem:
+    return Problem("validation_error", errors=[{"loc": loc, "msg": msg}])
 
 
 async def answer_problem(request: Request, failure: BaseException) -> Response:
@@ -408,7 +408,7 @@ class Exchange:
             MutableHeaders(raw=message["headers"]).setdefault("Cache-Control", "no-store")
             message["headers"] += [(b"x-request-id", self._request_id.encode()), *EVERYWHERE]
             if self._unread:
-                await asyncio.sleep(0)  # uvicorn has answered a malformed body by itself; now it knows
+                await asyncio.sleep(0)  # a malformed body was answered by uvicorn: lets it drop our answer
         elif self._unread and not message.get("more_body", False):
             await self._send({**message, "more_body": True})
             await self._drain()
@@ -586,7 +586,7 @@ async def body_chunks(request: Request, limit: int, seconds: float) -> AsyncIter
 
 
 async def read_fields(request: Request, model: type[Model]) -> Model:
-    """A small body, JSON or an HTML form, as this model; RequestValidationError when it does not fit."""
+    """A small body, JSON or an HTML form, as this model; Problem or RequestValidationError when it does not fit."""
     media_type, _ = parse_options_header(request.headers.get("content-type"))
     if media_type not in (b"application/json", b"application/x-www-form-urlencoded"):
         raise Problem("unsupported_media_type", "Send application/json or application/x-www-form-urlencoded.")
@@ -631,7 +631,7 @@ class MultipartFile:
             raise Problem("too_large", f"There are more than {SMALL_BODY} bytes around the file.")
 
     def end(self) -> None:
-        """The body has ended; FormParserError or RequestValidationError when there is no file in it."""
+        """The body has ended; FormParserError or Problem when there is no file in it."""
         if self._parser.state != MultipartState.END:
             raise FormParserError
         if not self._incoming.size:
@@ -757,7 +757,7 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
 
 
 def wait_for_commit(future: Future[T]) -> T:
-    """As `committed`, for threads."""
+    """As `committed`, but for threads, and any write that takes too long is a TimeoutError."""
     try:
         return future.result(WRITE_SECONDS)
     finally:
@@ -782,8 +782,8 @@ class Worker:
         return self._stop_at < math.inf
 
     def wake(self) -> None:
-        """A document waits: an idle thread looks, and a busy one will when its run has ended. Only a thread that has
-        just looked in vain can miss it; then `keep_leases` wakes it."""
+        """A document waits: an idle thread looks for it, and a busy thread will when its run has ended. A thread that
+        found nothing just before the document came is woken by `keep_leases`, within a second."""
         if not self.stopping and len(self._run_ids) < self._settings.process_workers:
             self._pool.submit(self._work)
 
@@ -820,9 +820,9 @@ class Worker:
             if document:
                 self._run(run_id, document)
             return document is not None
-        except RunLost:  # the document was deleted or taken over, which is logged there
+        except RunLost:  # the document was deleted or taken over, and whoever did that has logged it
             return True
-        except Exception as failure:  # a run that can't be read or written now is tried again after the lease
+        except Exception as failure:  # a run whose end can't be written now is tried again after the lease
             log_event("storage_error", logging.ERROR, failure=failure)
             return False
         finally:
@@ -1225,12 +1225,14 @@ async def follow_server(service: Service) -> None:
 
 
 async def shut_down(service: Service, tasks: list[asyncio.Task[None]]) -> None:
-    """After the last connection. Runs have what is left of the grace, which began when `follow_server` saw the signal.
-    Then the database commits what it was given, for a second at most: another process may hold the lock."""
+    """What SIGTERM leads to. First `follow_server` sees it: long polls are answered, no more runs begin, and the grace
+    begins. Then uvicorn waits for open requests, and cancels them at the end of the grace. Here, runs have what is left
+    of it; and the database commits what it was given, for a second at most: another process may hold the lock."""
     service.worker.stop(service.settings.shutdown_seconds)
     await service.worker.close()
     for task in tasks:
         task.cancel()
+    service.db.notify = lambda call: call()  # the loop ends soon, perhaps before a thread's last write
     closing = threading.Thread(target=service.db.close, name="close", daemon=True)
     closing.start()
     closing.join(1)

@@ -2180,6 +2180,16 @@ def test_a_held_lock_makes_others_answer_503_but_to_readers(tmp_path: Path, monk
         assert processed(client, path)["status"] == "COMPLETED"
 
 
+def test_an_upload_that_is_in_doubt_keeps_its_file(steps: Steps, monkeypatch: Patch) -> None:
+    go = threading.Event()
+    with steps.running() as client:
+        monkeypatch.setattr(main, "WRITE_SECONDS", 0.1)
+        steps.tell = lambda step: go.wait(30) and None if step == "sync" else None
+        assert code_of(upload(client)) == (503, "unavailable")
+        go.set()
+        until(lambda: settled(client, steps.settings.data_dir))  # which looks at the files
+
+
 def test_a_full_database_is_told_and_got_over(steps: Steps) -> None:
     with steps.running() as client:
         for connection in steps.connections:
