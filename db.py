@@ -1,9 +1,10 @@
 """Every line of SQL: users and sessions, the life of a document, and the queue, which is the documents table itself.
 
 One thread, the committer, owns the one connection that writes, and commits what waits in one transaction (group
-commit): the more writes wait, the fewer fsyncs each pays for. Methods marked `@write` run there and return a Future;
-the others read on the thread of their caller, always the same one: in a server that of the event loop. Readers never
-wait for writers (WAL).
+commit): the more writes wait, the fewer fsyncs each pays for. Methods marked `@write` run in the committer and return a
+Future. The file of an upload is published before, by a thread of a pool, since that may take as long as the storage
+likes. All other methods read on the thread of their caller, always the same one: in a server that of the event loop.
+Readers never wait for writers (WAL).
 """
 import contextlib
 import fcntl
@@ -83,7 +84,7 @@ FAILURE_LIMIT, FAILURE_WINDOW = 5, 15 * 60.0  # failed logins, seconds
 REFRESH_GRACE = 10.0  # seconds in which a refresh token may be used again
 MAX_SESSIONS = 50  # of one user
 INTERRUPTED = {"code": "interrupted", "message": "Every attempt was interrupted.", "retryable": True}
-MAX_BATCH, PREPARE_THREADS = 500, 4  # writes in a transaction; threads that prepare for it
+MAX_BATCH, PUBLISHERS = 500, 16  # writes in a transaction; threads that publish files
 
 
 class UnusableDatabase(Exception):
@@ -177,11 +178,10 @@ def utc_now() -> str:
 
 @dataclass(eq=False)
 class Write:
-    """A write on its way to the disk. Whoever gives up waiting cancels `future`, which works until the committer takes
-    the write from the queue."""
+    """A write on its way to the disk. Whoever gives up waiting cancels `future`; then `operation` is not run."""
 
     operation: Callable[[], Any]
-    prepare: Callable[[], None] | None = None  # publishes the file of the row; the sync and the transaction follow
+    document_id: str | None = None  # of an upload, whose file is published before
     future: Future[Any] = field(default_factory=Future)
     result: Any = None
     error: BaseException | None = None
@@ -189,10 +189,11 @@ class Write:
 
 def settle(batch: Sequence[Write]) -> None:
     for each in batch:
-        if each.error:
-            each.future.set_exception(each.error)
-        else:
-            each.future.set_result(each.result)
+        if each.future.set_running_or_notify_cancel():  # False when nobody waits any more
+            if each.error:
+                each.future.set_exception(each.error)
+            else:
+                each.future.set_result(each.result)
 
 
 def fail_all(batch: Sequence[Write], error: BaseException) -> None:
@@ -210,7 +211,7 @@ def write(method: Callable[Concatenate["Database", P], T]) -> Callable[Concatena
 
 class Database:
     def __init__(self, path: Path, sync: Callable[[], None], keys: Callable[[], Iterator[str]]) -> None:
-        """Opens or creates the file. `sync` makes durable what the prepares of a batch published, before its commit;
+        """Opens or creates the file. `sync` makes durable what the uploads of a batch published, before its commit;
         `keys` are those of the stored files. UnusableDatabase; sqlite3.Error or OSError when it can't be opened."""
         # Runs a callback, which settles the futures of a batch. A server replaces it with `call_soon_threadsafe`.
         self.notify: Callable[[Callable[[], None]], Any] = lambda call: call()
@@ -225,7 +226,7 @@ class Database:
                                 for _ in range(2))
             self._migrate(path, keys)
         self._r.execute("PRAGMA query_only = ON")
-        self._helpers = ThreadPoolExecutor(PREPARE_THREADS, "prepare")
+        self._publishers = ThreadPoolExecutor(PUBLISHERS, "publisher")
         self._committer = threading.Thread(target=self._commit_forever, name="committer", daemon=True)
         self._committer.start()
 
@@ -263,16 +264,16 @@ class Database:
 
     def close(self) -> None:
         """Finishes what was submitted. Under the lock, since closing a connection checkpoints too."""
+        self._publishers.shutdown()
         self._closed = True
         self._queue.put(Write(lambda: None))  # wakes the committer
         self._committer.join()
-        self._helpers.shutdown()
         with self.lock():
             self._r.close()
             self._w.close()
         os.close(self._lock_file)
 
-    # The committer
+    # The publishers and the committer
 
     def submit(self, new: Write) -> Future[Any]:
         if self._closed:
@@ -280,13 +281,20 @@ class Database:
         self._queue.put(new)
         return new.future
 
+    def _publish(self, new: Write, publish: Callable[[], None]) -> None:
+        try:
+            publish()
+        except BaseException as error:  # raised again by the future, where the caller waits
+            new.error = error
+        self._queue.put(new)
+
     def _commit_forever(self) -> None:
         batch: list[Write] = []
         while not (self._closed and self._queue.empty()):
             batch = self._next_batch(len(batch))
             try:
                 self._commit_batch(batch)
-            except BaseException as error:  # such as no thread left to prepare with
+            except BaseException as error:
                 fail_all(batch, error)
             self.notify(functools.partial(settle, batch))
 
@@ -299,24 +307,14 @@ class Database:
                 time.sleep(0.001)
         while len(batch) < MAX_BATCH and not self._queue.empty():
             batch.append(self._queue.get())
-        return [each for each in batch if each.future.set_running_or_notify_cancel()]  # without those given up
+        return batch
 
     def _commit_batch(self, batch: list[Write]) -> None:
-        """Prepares side by side, then one sync, then one transaction."""
-        to_prepare = [each for each in batch if each.prepare]
-        if to_prepare:
-            list(self._helpers.map(self._prepare, to_prepare))  # waits for all
-            # Its failure fails the batch. A second fsync could succeed although the first one lost the names of files.
-            self._sync()
-        self._transact([each for each in batch if not each.error])
-
-    @staticmethod
-    def _prepare(each: Write) -> None:
-        try:
-            if each.prepare:
-                each.prepare()
-        except BaseException as error:  # raised again by the future, where the caller waits
-            each.error = error
+        """One sync for all files that were published, then one transaction."""
+        ready = [each for each in batch if not each.error]
+        if any(each.document_id for each in ready):
+            self._sync()  # and no second try, which could succeed although the first one lost the names of files
+        self._transact(ready)
 
     def _transact(self, batch: Sequence[Write]) -> None:
         """One transaction for all. When one of the operations breaks it, each gets a transaction of its own."""
@@ -337,11 +335,13 @@ class Database:
             else:  # nothing was committed
                 fail_all(batch, error)
 
-    @staticmethod
-    def _apply(each: Write) -> None:
+    def _apply(self, each: Write) -> None:
         each.error = None
         try:
-            each.result = each.operation()
+            if not each.future.cancelled():
+                each.result = each.operation()
+            elif each.document_id:  # its file may be there
+                self._list_deleted_file(each.document_id)
         except Refused as refusal:
             each.error = refusal
 
@@ -456,12 +456,14 @@ class Database:
 
     # Documents
 
-    def add_document(self, publish: Callable[[], None] | None, row: Callable[[], Document]) -> Future[Document]:
-        """Adds what `row` returns once `publish` (None: that is done) has published the file, whose SHA-256 is known
-        then. The result is that document, or the one that its owner uploaded under its key before; KeyReused when that
-        one has another content. The file of a document that is not added is listed in `deleted_files`."""
-        # A write with a `prepare`, even an empty one, waits for the sync.
-        return self.submit(Write(lambda: self._add_document(row()), prepare=publish or (lambda: None)))
+    def add_document(self, document_id: str, publish: Callable[[], None],
+                     row: Callable[[], Document]) -> Future[Document]:
+        """Calls `publish` in a thread, then adds what `row` returns. The result is that document, or the one that its
+        owner uploaded under its key before; KeyReused when that one has another content. A file whose document is not
+        added after all is listed in `deleted_files`. Whatever `publish` raises is raised."""
+        new = Write(lambda: self._add_document(row()), document_id)
+        self._publishers.submit(self._publish, new, publish)
+        return new.future
 
     def _add_document(self, new: Document) -> Document:
         values = astuple(new)
@@ -470,7 +472,7 @@ class Database:
             " ON CONFLICT (owner_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING", values).rowcount
         if added:
             return new
-        self._w.execute("INSERT INTO deleted_files VALUES (?)", (new.document_id,))
+        self._list_deleted_file(new.document_id)
         known = self._find(self._w, "owner_id = ? AND idempotency_key = ?", new.owner_id, new.idempotency_key)
         if known is None or known.sha256 != new.sha256:
             raise KeyReused
@@ -514,6 +516,9 @@ class Database:
     @write
     def forget_files(self, document_ids: Sequence[str]) -> None:
         self._w.executemany("DELETE FROM deleted_files WHERE document_id = ?", [(each,) for each in document_ids])
+
+    def _list_deleted_file(self, document_id: str) -> None:
+        self._w.execute("INSERT OR IGNORE INTO deleted_files VALUES (?)", (document_id,))
 
     def result(self, document_id: str) -> str | None:
         """What the pipeline returned, as JSON; None when the document is not COMPLETED or has just been deleted."""

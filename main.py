@@ -26,6 +26,7 @@ import logging
 import logging.config
 import math
 import os
+import random
 import re
 import resource
 import secrets
@@ -364,7 +365,7 @@ class RequestMiddleware:
         start, request = time.perf_counter(), Request(scope)
         request_id = request.headers.get("x-request-id", "")
         if not REQUEST_ID.fullmatch(request_id):
-            request_id = str(uuid.uuid4())
+            request_id = new_uuid()
         request_id_of_context.set(request_id)
         exchange = Exchange(request, receive, send, request_id)
         # uvicorn leaves out the body of an answer to HEAD by itself.
@@ -423,6 +424,12 @@ class Exchange:
             async with asyncio.timeout(DRAIN_SECONDS):
                 while self._unread and drained < DRAIN_BYTES:
                     drained += len((await self.receive()).get("body", b""))
+
+
+def new_uuid() -> str:
+    """A random UUID that is no secret. `uuid.uuid4` makes a system call, with which another thread takes the GIL: that
+    costs a small upload a tenth of its processor time."""
+    return str(uuid.UUID(int=random.getrandbits(128), version=4))
 
 
 def client_address(request: Request) -> str:
@@ -499,18 +506,18 @@ def secret_file(db: Database, path: Path) -> str:
         return path.read_text().strip()
 
 
-async def committed(future: Future[T]) -> T:
-    """What a write to the database returned, once it is on disk. A write that waits too long is given up: TimeoutError.
-    When the committer has begun with it, nobody can tell: InDoubt."""
+async def committed(future: Future[T], extra_seconds: float = 0) -> T:
+    """What a write to the database returned, once it is on disk. InDoubt when that takes too long; the write is given
+    up then, unless its transaction has begun."""
     settled = asyncio.Event()
     future.add_done_callback(lambda _: settled.set())  # on the loop: see Database.notify
     try:
-        async with asyncio.timeout(WRITE_SECONDS):
+        async with asyncio.timeout(WRITE_SECONDS + extra_seconds):
             await settled.wait()
     except TimeoutError:
-        if future.cancel():
-            raise
         raise InDoubt("the write took too long") from None
+    finally:
+        future.cancel()
     return future.result()
 
 
@@ -559,6 +566,7 @@ OwnDocument = Annotated[Document, Depends(own_document)]
 
 SMALL_BODY = 65536  # bytes: also what a multipart body may have around its file
 UPLOAD_SECONDS = 3600.0
+SLOWEST_STORAGE = 100_000  # bytes a second
 HELD_BY_ONE, HELD_BY_ALL = 2 * 2**20, 24 * 2**20  # bytes in memory; looked at when a chunk of the upload comes
 
 
@@ -712,10 +720,8 @@ async def store(service: Service, incoming: Incoming, filename: str, owner: User
             incoming.key, owner.user_id, filename, incoming.media_type, incoming.size, incoming.sha256.hexdigest(),
             Status.UPLOADED, now, now, idempotency_key=key)
 
-    if incoming.size <= HELD_BY_ONE and incoming.media_type == PDF and not service.storage.slow_publish:
-        return await committed(service.db.add_document(incoming.finish, row))  # small PDFs share one sync
-    await run_in_threadpool(incoming.finish)
-    return await committed(service.db.add_document(None, row))
+    added = service.db.add_document(incoming.key, incoming.finish, row)
+    return await committed(added, extra_seconds=incoming.size / SLOWEST_STORAGE)
 
 
 # Processing
@@ -757,7 +763,7 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
 
 
 def wait_for_commit(future: Future[T]) -> T:
-    """As `committed`, but for threads, and any write that takes too long is a TimeoutError."""
+    """As `committed`, but for threads, and a write that takes too long is a TimeoutError."""
     try:
         return future.result(WRITE_SECONDS)
     finally:
@@ -889,12 +895,12 @@ async def upload(request: Request) -> Response:
     idempotency_key = request.headers.get("idempotency-key")
     if idempotency_key is not None and not re.fullmatch(IDEMPOTENCY_KEY, idempotency_key):
         raise invalid("Use 1 to 128 visible ASCII characters.", "header", "Idempotency-Key")
-    incoming = Incoming(service.storage, str(uuid.uuid4()))
+    incoming = Incoming(service.storage, new_uuid())
     service.open_uploads += 1
     try:
         filename = await read_file(request, incoming)
         document = await store(service, incoming, filename, user, idempotency_key)
-    except InDoubt:  # the file may have its row
+    except InDoubt:  # the file has its row, or the database lists it in `deleted_files`
         raise
     except Exception:
         await run_in_threadpool(incoming.discard)

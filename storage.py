@@ -39,8 +39,6 @@ class Storage(Protocol):
     Whatever goes wrong is an OSError. Safe to use from several threads and processes at once.
     """
 
-    slow_publish: bool  # `publish` waits for a network: each upload calls it in a thread of its own, not the committer
-
     def create(self, key: str) -> BinaryIO:
         """A new file to write, seek and read. It is not visible in the store until `publish`."""
 
@@ -65,8 +63,6 @@ class Storage(Protocol):
 
 class LocalStorage:
     """`Storage` in one folder of a local disk: the file `<key>`, or `<key>.part` before `publish`."""
-
-    slow_publish = False
 
     def __init__(self, folder: Path) -> None:
         self._folder = os.fspath(folder)
