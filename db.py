@@ -84,7 +84,7 @@ FAILURE_LIMIT, FAILURE_WINDOW = 5, 15 * 60.0  # failed logins, seconds
 REFRESH_GRACE = 10.0  # seconds in which a refresh token may be used again
 MAX_SESSIONS = 50  # of one user
 INTERRUPTED = {"code": "interrupted", "message": "Every attempt was interrupted.", "retryable": True}
-MAX_BATCH, PUBLISHERS = 500, 16  # writes in a transaction; threads that publish files
+MAX_BATCH = 500  # writes in a transaction
 
 
 class UnusableDatabase(Exception):
@@ -210,9 +210,11 @@ def write(method: Callable[Concatenate["Database", P], T]) -> Callable[Concatena
 
 
 class Database:
-    def __init__(self, path: Path, sync: Callable[[], None], keys: Callable[[], Iterator[str]]) -> None:
+    def __init__(self, path: Path, sync: Callable[[], None], keys: Callable[[], Iterator[str]],
+                 publishers: int) -> None:
         """Opens or creates the file. `sync` makes durable what the uploads of a batch published, before its commit;
-        `keys` are those of the stored files. UnusableDatabase; sqlite3.Error or OSError when it can't be opened."""
+        `keys` are those of the stored files; `publishers` is the number of threads that publish. UnusableDatabase;
+        sqlite3.Error or OSError when it can't be opened."""
         # Runs a callback, which settles the futures of a batch. A server replaces it with `call_soon_threadsafe`.
         self.notify: Callable[[Callable[[], None]], Any] = lambda call: call()
         self._sync = sync
@@ -226,7 +228,7 @@ class Database:
                                 for _ in range(2))
             self._migrate(path, keys)
         self._r.execute("PRAGMA query_only = ON")
-        self._publishers = ThreadPoolExecutor(PUBLISHERS, "publisher")
+        self._publishers = ThreadPoolExecutor(publishers, "publisher")
         self._committer = threading.Thread(target=self._commit_forever, name="committer", daemon=True)
         self._committer.start()
 
