@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import astuple, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from enum import StrEnum
 from pathlib import Path
@@ -468,7 +468,7 @@ class Database:
         return new.future
 
     def _add_document(self, new: Document) -> Document:
-        values = astuple(new)
+        values = tuple(vars(new).values())
         added = self._w.execute(
             f"INSERT INTO documents ({COLUMNS}) VALUES ({', '.join('?' * len(values))})"
             " ON CONFLICT (owner_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING", values).rowcount

@@ -631,8 +631,9 @@ class MultipartFile:
             "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
             "on_header_end": self._on_header_end, "on_headers_finished": self._on_headers_finished,
             "on_part_data": self._on_part_data}, max_header_size=SMALL_BODY)
-        # The parser takes no preamble (RFC 2046, 5.1.1). This makes it the data of a part without a name.
-        self._parser.write(b"--%b\r\n\r\n\r\n" % boundary)
+        # The parser takes no preamble (RFC 2046, 5.1.1), so it begins as if inside a part, whose data is dropped.
+        self._parser.state = MultipartState.PART_DATA
+        self._parser.write(b"\r\n")
 
     def feed(self, chunk: bytes) -> None:
         self._around += len(chunk)
