@@ -306,7 +306,7 @@ def invalid(msg: str, *loc: str) -> Problem:
 
 
 async def answer_problem(request: Request, failure: BaseException) -> Response:
-    """The table from exceptions, ours and those of the libraries, to answers."""
+    """The answer to an exception, be it ours or a library's."""
     match failure:
         case Problem():
             problem = failure
@@ -569,7 +569,7 @@ OwnDocument = Annotated[Document, Depends(OwnDocumentBearer())]
 SMALL_BODY = 65536  # bytes: also what a multipart body may have around its file
 UPLOAD_SECONDS = 3600.0
 SLOWEST_STORAGE = 100_000  # bytes a second
-HELD_BY_ONE, HELD_BY_ALL = 2 * 2**20, 24 * 2**20  # bytes in memory; looked at when a chunk of the upload comes
+HELD_BY_ONE, HELD_BY_ALL = 2 * 2**20, 24 * 2**20  # bytes of uploads in memory: of each, and of all together
 
 
 async def body_chunks(request: Request, limit: int, seconds: float) -> AsyncIterator[bytes]:
@@ -702,7 +702,8 @@ def shown_filename(name: str) -> str:
 
 
 async def read_file(request: Request, incoming: Incoming) -> str:
-    """Reads the body: the name of the file. What the file holds in memory beyond its share is written in a thread."""
+    """Reads the body: the name of the file. An upload that holds more than its share of memory is written in a thread;
+    one that waits for its next chunk keeps what it had, though the share has become smaller."""
     service, form = service_of(request), MultipartFile(request.headers.get("content-type"), incoming)
     async for chunk in body_chunks(request, service.settings.max_upload_bytes + SMALL_BODY, UPLOAD_SECONDS):
         form.feed(chunk)
@@ -717,7 +718,7 @@ async def read_file(request: Request, incoming: Incoming) -> str:
 
 async def store(service: Service, incoming: Incoming, filename: str, owner: User, key: str | None) -> Document:
     """Publishes the file and adds its row: the document, or the one that was uploaded under the key before."""
-    def row() -> Document:
+    def row() -> Document:  # once the file is published, and so hashed
         now = utc_now()
         return Document(
             incoming.key, owner.user_id, filename, incoming.media_type, incoming.size, incoming.sha256.hexdigest(),
@@ -903,7 +904,7 @@ async def upload(request: Request) -> Response:
     try:
         filename = await read_file(request, incoming)
         document = await store(service, incoming, filename, user, idempotency_key)
-    except InDoubt:  # the file has its row, or the database lists it in `deleted_files`
+    except InDoubt:  # the file may have its row, so it stays
         raise
     except Exception:
         await run_in_threadpool(incoming.discard)
@@ -1196,6 +1197,7 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
         openapi_tags=[{"name": tag} for tag in ("auth", "documents", "processing", "health")],
         redirect_slashes=False, redoc_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # OpenTelemetry, which nothing here collects
+        # RequestMiddleware answers all other exceptions; these two FastAPI would answer in its own way.
         exception_handlers={kind: answer_problem for kind in (HTTPException, RequestValidationError)})
     application.add_middleware(RequestMiddleware)
     application.router.routes[:0] = router.routes  # `include_router` would match each request twice
