@@ -3,8 +3,8 @@
 One thread, the committer, owns the one connection that writes, and commits what waits in one transaction (group
 commit): the more writes wait, the fewer fsyncs each pays for. Methods marked `@write` run in the committer and return a
 Future. The file of an upload is published before, by a thread of a pool, since that may take as long as the storage
-likes. All other methods read on the thread of their caller, always the same one: in a server that of the event loop.
-Readers never wait for writers (WAL).
+likes. All other methods read on the thread of their caller, in a server that of the event loop: there is one connection
+for reading. Readers never wait for writers (WAL).
 """
 import contextlib
 import fcntl
@@ -81,6 +81,7 @@ END;
 """)
 
 FAILURE_LIMIT, FAILURE_WINDOW = 5, 15 * 60.0  # failed logins, seconds
+SESSION_SECONDS = 30 * 86400.0
 REFRESH_GRACE = 10.0  # seconds in which a refresh token may be used again
 MAX_SESSIONS = 50  # of one user
 INTERRUPTED = {"code": "interrupted", "message": "Every attempt was interrupted.", "retryable": True}
@@ -141,6 +142,7 @@ class Session:
     refresh_jti: str  # of the refresh token that is good now
     rotated_at: float  # when that token was issued
     expires_at: float
+    previous_jti: str | None = None  # of the refresh token before
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,8 @@ def utc_now() -> str:
 
 @dataclass(eq=False)
 class Write:
-    """A write on its way to the disk. Whoever gives up waiting cancels `future`; then `operation` is not run."""
+    """A write on its way to the disk. Whoever gives up waiting cancels `future`; then `operation` is not run, unless it
+    was run already."""
 
     operation: Callable[[], Any]
     document_id: str | None = None  # of an upload, whose file is published before
@@ -205,7 +208,11 @@ def write(method: Callable[Concatenate["Database", P], T]) -> Callable[Concatena
     """Runs the method in a transaction of the committer; its Future is done once the commit is on disk."""
     @functools.wraps(method)
     def submitted(self: "Database", /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        return self.submit(Write(functools.partial(method, self, *args, **kwargs)))
+        if self._closed:
+            raise sqlite3.ProgrammingError("the database is closed")
+        new = Write(functools.partial(method, self, *args, **kwargs))
+        self._queue.put(new)
+        return new.future
     return submitted
 
 
@@ -223,11 +230,10 @@ class Database:
         self._lock_file = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
         with self.lock():
             self._check_not_lost(path, keys)
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite gives its other files the same mode
+            path.touch(0o600)  # SQLite gives its other files the same mode
             self._w, self._r = (sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
                                 for _ in range(2))
             self._migrate(path, keys)
-        self._r.execute("PRAGMA query_only = ON")
         self._publishers = ThreadPoolExecutor(publishers, "publisher")
         self._committer = threading.Thread(target=self._commit_forever, name="committer", daemon=True)
         self._committer.start()
@@ -277,12 +283,6 @@ class Database:
 
     # The publishers and the committer
 
-    def submit(self, new: Write) -> Future[Any]:
-        if self._closed:
-            raise sqlite3.ProgrammingError("the database is closed")
-        self._queue.put(new)
-        return new.future
-
     def _publish(self, new: Write, publish: Callable[[], None]) -> None:
         try:
             publish()
@@ -294,29 +294,28 @@ class Database:
         batch: list[Write] = []
         while not (self._closed and self._queue.empty()):
             batch = self._next_batch(len(batch))
-            try:
-                self._commit_batch(batch)
-            except BaseException as error:
-                fail_all(batch, error)
+            self._commit_batch(batch)
             self.notify(functools.partial(settle, batch))
 
     def _next_batch(self, last: int) -> list[Write]:
         """Waits for a write, and then up to 10 ms for as many as came last time: clients that wrote together tend to do
         so again, and share the fsyncs."""
-        batch = [self._queue.get()]
+        first = self._queue.get()
         for _ in range(10):
             if 1 + self._queue.qsize() < last:
                 time.sleep(0.001)
-        while len(batch) < MAX_BATCH and not self._queue.empty():
-            batch.append(self._queue.get())
-        return batch
+        return [first, *(self._queue.get() for _ in range(min(self._queue.qsize(), MAX_BATCH)))]
 
     def _commit_batch(self, batch: list[Write]) -> None:
         """One sync for all files that were published, then one transaction."""
         ready = [each for each in batch if not each.error]
-        if any(each.document_id for each in ready):
-            self._sync()  # and no second try, which could succeed although the first one lost the names of files
-        self._transact(ready)
+        try:
+            if any(each.document_id for each in ready):
+                self._sync()
+        except BaseException as error:  # and no second try: that may succeed though the first one lost a file's name
+            fail_all(ready, error)
+        else:
+            self._transact(ready)
 
     def _transact(self, batch: Sequence[Write]) -> None:
         """One transaction for all. When one of the operations breaks it, each gets a transaction of its own."""
@@ -402,18 +401,18 @@ class Database:
             raise Throttled(failures[-1][0] + FAILURE_WINDOW - now)
 
     @write
-    def log_in(self, user: User | None, name_hash: str, client: str, seconds: float) -> Session | None:
-        """Opens a session of so many seconds for a user whose password was right; `user=None` records a failed login.
-        Throttled, since parallel guesses may have passed `check_throttle` together."""
+    def log_in(self, user: User | None, name_hash: str, client: str) -> Session | None:
+        """Opens a session for a user whose password was right; `user=None` records a failed login. Throttled, since
+        parallel guesses may have passed `check_throttle` together."""
         self.check_throttle(name_hash, client, self._w)
         now = time.time()
         if user is None:
             self._w.execute(
-                "DELETE FROM login_failures WHERE failed_at NOT BETWEEN ? AND ?", (now - FAILURE_WINDOW, now))
+                "DELETE FROM login_failures WHERE failed_at < ? OR failed_at > ?", (now - FAILURE_WINDOW, now))
             self._w.execute("INSERT INTO login_failures VALUES (?, ?, ?)", (name_hash, client, now))
             return None
         session = Session(
-            str(uuid.uuid4()), user.user_id, user.username, str(uuid.uuid4()), now, now + seconds)
+            str(uuid.uuid4()), user.user_id, user.username, str(uuid.uuid4()), now, now + SESSION_SECONDS)
         opened = self._w.execute(
             "INSERT INTO sessions (session_id, user_id, refresh_jti, rotated_at, expires_at)"
             " SELECT ?, user_id, ?, ?, ? FROM users WHERE user_id = ? AND password_hash = ?",
@@ -436,14 +435,14 @@ class Database:
             (session_id, user_id)).fetchone()
         if row is None:
             return None
-        session, previous_jti, now = Session(*row[:-1]), row[-1], time.time()
+        session, now = Session(*row), time.time()
         if used_jti == session.refresh_jti:
             new = replace(session, refresh_jti=str(uuid.uuid4()), rotated_at=now)
             self._w.execute(
                 "UPDATE sessions SET previous_jti = refresh_jti, refresh_jti = ?, rotated_at = ? WHERE session_id = ?",
                 (new.refresh_jti, now, session_id))
             return new
-        if used_jti == previous_jti and abs(now - session.rotated_at) < REFRESH_GRACE:
+        if used_jti == session.previous_jti and abs(now - session.rotated_at) < REFRESH_GRACE:
             return session
         self._w.execute("DELETE FROM sessions WHERE session_id = ?", (session_id,))
         raise TokenReused(session.username)
@@ -468,17 +467,15 @@ class Database:
         return new.future
 
     def _add_document(self, new: Document) -> Document:
-        values = tuple(vars(new).values())
-        added = self._w.execute(
-            f"INSERT INTO documents ({COLUMNS}) VALUES ({', '.join('?' * len(values))})"
-            " ON CONFLICT (owner_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING", values).rowcount
-        if added:
-            return new
-        self._list_deleted_file(new.document_id)
         known = self._find(self._w, "owner_id = ? AND idempotency_key = ?", new.owner_id, new.idempotency_key)
-        if known is None or known.sha256 != new.sha256:
-            raise KeyReused
-        return known
+        if known:
+            self._list_deleted_file(new.document_id)
+            if known.sha256 != new.sha256:
+                raise KeyReused
+            return known
+        values = tuple(vars(new).values())
+        self._w.execute(f"INSERT INTO documents ({COLUMNS}) VALUES ({', '.join('?' * len(values))})", values)
+        return new
 
     def _find(self, connection: sqlite3.Connection, where: str, *values: Any) -> Document | None:
         row = connection.execute(f"SELECT {COLUMNS} FROM documents WHERE {where}", values).fetchone()
@@ -487,9 +484,9 @@ class Database:
     def document(self, document_id: str, owner_id: str) -> Document | None:
         return self._find(self._r, "document_id = ? AND owner_id = ?", document_id, owner_id)
 
-    def documents(self, owner_id: str, limit: int, status: Status | None,
-                  before: tuple[str, str] | None) -> list[Document]:
-        """Newest first, starting after `before` (created_at, document_id): an index seek, however long the list is."""
+    def documents(self, owner_id: str, limit: int, status: Status | None, before: Sequence[str]) -> list[Document]:
+        """Newest first, starting after `before` (created_at and document_id, or empty): an index seek, however long the
+        list is."""
         where, values = "owner_id = ?", [owner_id]
         if status:
             where, values = f"{where} AND status = ?", [*values, status]
@@ -512,7 +509,9 @@ class Database:
     def deleted_files(self, limit: int = -1) -> list[str]:
         """Ids of documents whose files are to be removed: all, or any few, so that a file that can't be removed does
         not hold up others."""
-        rows = self._r.execute("SELECT document_id FROM deleted_files ORDER BY random() LIMIT ?", (limit,))
+        rows = self._r.execute(
+            "SELECT document_id FROM (SELECT document_id FROM deleted_files LIMIT 10 * ?1) ORDER BY random() LIMIT ?1",
+            (limit,))
         return [document_id for (document_id,) in rows]
 
     @write
@@ -543,7 +542,7 @@ class Database:
             raise QueueFull
         now = utc_now()
         self._w.execute(
-            "UPDATE documents SET status = 'PROCESSING', request_id = ?, queued_at = ?, updated_at = ?, run_id = NULL,"
+            "UPDATE documents SET status = 'PROCESSING', request_id = ?, queued_at = ?, updated_at = ?,"
             " attempts = 0, progress = 0, message = 'waiting for a worker', started_at = NULL, finished_at = NULL,"
             " error = NULL WHERE document_id = ?", (request_id, now, now, document_id))
         return self._find(self._w, "document_id = ?", document_id)

@@ -122,7 +122,7 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         event = record.getMessage()
-        if event.startswith("Traceback"):  # Starlette's word for a start that failed; the last line says why
+        if event.startswith("Traceback"):  # what Starlette says of a start that failed; the last line tells why
             event = event.strip().rpartition("\n")[2]
         entry: dict[str, Any] = {
             "timestamp": utc_text(datetime.fromtimestamp(record.created, timezone.utc)), "level": record.levelname,
@@ -288,7 +288,6 @@ class Problem(Exception):
 
     def __init__(self, code: str, detail: str | None = None, headers: Mapping[str, str] | None = None,
                  **members: Any) -> None:
-        super().__init__(code)
         self.code, self.detail, self.headers, self.members = code, detail, headers or {}, members
 
     def response(self) -> Response:
@@ -408,8 +407,8 @@ class Exchange:
             self.status = message["status"]
             MutableHeaders(raw=message["headers"]).setdefault("Cache-Control", "no-store")
             message["headers"] += [(b"x-request-id", self._request_id.encode()), *EVERYWHERE]
-            if self._unread:
-                await asyncio.sleep(0)  # a malformed body was answered by uvicorn: lets it drop our answer
+            if self._unread:  # perhaps since uvicorn has answered a malformed body: this lets it notice, and drop ours
+                await asyncio.sleep(0)
         elif self._unread and not message.get("more_body", False):
             await self._send({**message, "more_body": True})
             await self._drain()
@@ -467,16 +466,17 @@ class Service:
 
     async def remove_deleted_files(self) -> None:
         """Removes the files of deleted documents, whatever process deleted the documents. The first failure ends the
-        round, and the next round begins with other files."""
+        round; the next round begins with other files."""
         removed = []
         try:
             for document_id in self.db.deleted_files(1000):
                 await run_in_threadpool(self.storage.delete, document_id)
                 removed.append(document_id)
-        finally:
-            if removed:
-                await run_in_threadpool(self.storage.sync)
-                await committed(self.db.forget_files(removed))
+        except Exception as failure:
+            log_event("storage_error", logging.ERROR, failure=failure)
+        if removed:
+            await run_in_threadpool(self.storage.sync)
+            await committed(self.db.forget_files(removed))
 
 
 def open_stores(settings: Settings, storage: Storage | None = None) -> tuple[Database, Storage]:
@@ -544,10 +544,10 @@ class SessionBearer(OAuth2PasswordBearer):
         return user
 
 
-def found(document: Document | None) -> Document:
-    if document is None:
+def found(row: T | None) -> T:
+    if row is None:
         raise Problem("not_found")
-    return document
+    return row
 
 
 class OwnDocumentBearer(SessionBearer):
@@ -739,7 +739,6 @@ class ProcessingFailed(Exception):
     """What a pipeline raises to say what went wrong and whether trying again can help."""
 
     def __init__(self, code: str, message: str, retryable: bool) -> None:
-        super().__init__(code)
         self.code, self.retryable = code, retryable
         self.message = message.encode(errors="replace").decode()  # a lone surrogate fits no database
 
@@ -777,8 +776,8 @@ def wait_for_commit(future: Future[T]) -> T:
 class Worker:
     """Runs queued documents in a thread pool.
 
-    The queue is in the database, shared by all processes. `wake` lets an idle thread look there. `keep_leases` does so
-    too, so nothing depends on the process that took the request.
+    The queue is in the database, shared by all processes. `wake` lets an idle thread look there. Each process wakes its
+    threads once a second too, when something waits, so nothing depends on the process that took the request.
     """
 
     def __init__(self, db: Database, storage: Storage, pipeline: Pipeline, settings: Settings) -> None:
@@ -832,7 +831,7 @@ class Worker:
             return document is not None
         except RunLost:  # the document was deleted or taken over, and whoever did that has logged it
             return True
-        except Exception as failure:  # a run whose end can't be written now is tried again after the lease
+        except Exception as failure:  # a run that can't be read or written now is tried again after the lease
             log_event("storage_error", logging.ERROR, failure=failure)
             return False
         finally:
@@ -863,7 +862,11 @@ class Worker:
                 log_event("storage_error", logging.ERROR, failure=failure)
 
         try:
-            with self._storage.open(document.document_id) as file:
+            file = self._storage.open(document.document_id)
+        except FileNotFoundError as failure:
+            raise ProcessingFailed("file_missing", "The stored file is gone.", retryable=False) from failure
+        try:
+            with file:
                 result = json.dumps(self._pipeline(file, document, progress), allow_nan=False, ensure_ascii=False)
             RESULT.validate_python(result)  # what can't be read again: lone surrogates, 200 levels and more
             return result
@@ -874,12 +877,11 @@ class Worker:
             raise ProcessingFailed("pipeline_error", reason, retryable=True) from failure
 
 
-def log_run(event: str, document: Document, start: float | None = None, *, failure: BaseException | None = None,
-            **fields: Any) -> None:
+def log_run(event: str, document: Document, start: float | None = None, **fields: Any) -> None:
     if start is not None:
         fields["duration_ms"] = round(1000 * (time.monotonic() - start), 3)
     level = logging.WARNING if event == "process_failed" else logging.INFO
-    log_event(event, level, failure=failure, request_id=document.request_id, document_id=document.document_id,
+    log_event(event, level, request_id=document.request_id, document_id=document.document_id,
               attempt=document.attempts, **fields)
 
 
@@ -941,13 +943,12 @@ async def list_documents(
         status: Status = Query(None),  # the type has no None, so that the schema does not say null
         cursor: str = Query(None, pattern=CURSOR, description="of the Link header")) -> list[Document]:
     """Newest first. The header `Link: <...>; rel="next"` leads to the next page (RFC 8288)."""
-    created_at, _, document_id = (cursor or "").partition("_")
-    before = (created_at, document_id) if cursor else None
+    before = cursor.split("_") if cursor else []
     documents = service_of(request).db.documents(user.user_id, limit + 1, status, before)
     if len(documents) > limit:
         last = documents[limit - 1]
         query = {"limit": limit, "cursor": f"{last.created_at}_{last.document_id}"} | (
-            {"status": status.value} if status else {})
+            {"status": status} if status else {})
         response.headers["Link"] = f'<{path_prefix(request)}/documents?{urlencode(query)}>; rel="next"'
     return documents[:limit]
 
@@ -999,9 +1000,7 @@ async def get_result(document: OwnDocument, request: Request) -> dict[str, Any]:
         code = {"UPLOADED": "not_processed", "PROCESSING": "still_processing", "FAILED": "processing_failed"}[
             document.status]
         raise Problem(code, **({"error": json.loads(document.error)} if document.error else {}))
-    result = service_of(request).db.result(document.document_id)
-    if result is None:  # deleted a moment ago
-        raise Problem("not_found")
+    result = found(service_of(request).db.result(document.document_id))  # else it was deleted a moment ago
     return {"document_id": document.document_id, "status": document.status, "completed_at": document.finished_at,
             "result": result}
 
@@ -1045,7 +1044,6 @@ async def delete(document_id: uuid.UUID, request: Request, user: CurrentUser) ->
     log_event("deleted", document_id=str(document_id))
 
 
-SESSION_SECONDS = 30 * 86400.0
 LOGINS_AT_ONCE = 10  # of one throttle key
 
 
@@ -1058,7 +1056,8 @@ def form_or_json(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def tokens_of(service: Service, session: Session) -> Tokens:
-    """A new access token, and the refresh token that is good now: as often as it is asked for, the same."""
+    """A new access token, and the refresh token that is good now. Its text depends on the session alone, so refreshes
+    within REFRESH_GRACE get the same."""
     now, settings, end = time.time(), service.settings, session.expires_at
     access_end = min(now + settings.access_token_seconds, end)
     refresh_end = min(session.rotated_at + settings.refresh_token_seconds, end)
@@ -1089,7 +1088,7 @@ async def login(request: Request) -> Tokens:
                 raise ClientDisconnect
             service.db.check_throttle(name_hash, key)
             right = await run_in_threadpool(auth.verify_password, sent.password, user.password_hash if user else None)
-            session = await committed(service.db.log_in(user if right else None, name_hash, key, SESSION_SECONDS))
+            session = await committed(service.db.log_in(user if right else None, name_hash, key))
     except Throttled:
         log_event("login_throttled", logging.WARNING, user=name, client=client)
         raise
@@ -1108,14 +1107,13 @@ async def login(request: Request) -> Tokens:
 async def refresh(request: Request) -> Tokens:
     """Replaces the refresh token. The old one gives the same successor for 10 seconds more; its use after that ends the
     session (RFC 9700, 4.14.2). Error: `invalid_grant`."""
-    service, sent = service_of(request), await read_fields(request, RefreshToken)
+    service, sent, session = service_of(request), await read_fields(request, RefreshToken), None
     try:
         used = service.signer.verify(auth.REFRESH, sent.refresh_token)
         session = await committed(service.db.rotate(used.sid, used.sub, used.jti))
     except auth.InvalidToken:
-        session = None
+        pass  # refused below
     except TokenReused as reuse:
-        session = None
         log_event("token_reused", logging.WARNING, user=reuse.args[0], client=client_address(request))
     if session is None:
         raise Problem("invalid_grant", "The refresh token is invalid, expired, revoked or was used before.")
@@ -1175,8 +1173,7 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
         log.setLevel(chosen.log_level)
         # An upload takes two descriptors; the usual soft limit of 1,024 would end at 500 of them.
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if 0 <= soft < 65536:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (65536 if hard < 0 else min(hard, 65536), hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 65536)), hard))
         service = Service(chosen, storage, pipeline)
         service.db.notify = asyncio.get_running_loop().call_soon_threadsafe
         tasks = [asyncio.create_task(work) for work in (
@@ -1196,7 +1193,7 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
         title="Document Lifecycle API", version="1.0.0", description=DESCRIPTION, lifespan=lifespan,
         openapi_tags=[{"name": tag} for tag in ("auth", "documents", "processing", "health")],
         redirect_slashes=False, redoc_url=None,
-        telemetry={"tracing": False, "metrics": False, "logs": False},  # OpenTelemetry, which nothing here collects
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # FastAPI's OpenTelemetry: nothing collects it
         # RequestMiddleware answers all other exceptions; these two FastAPI would answer in its own way.
         exception_handlers={kind: answer_problem for kind in (HTTPException, RequestValidationError)})
     application.add_middleware(RequestMiddleware)
@@ -1298,7 +1295,7 @@ def check_files(db: Database, storage: Storage, folder: Path) -> int:
     keys, ids = set(storage.keys()), db.document_ids()
     time.sleep(1)  # for uploads and deletions that are under way
     later_keys, later_ids = set(storage.keys()), db.document_ids()
-    strays = keys - later_ids - set(db.deleted_files())
+    strays = (keys & later_keys) - later_ids - set(db.deleted_files())
     missing = (ids - later_keys) & later_ids
     for line in sorted([f"no document has the file {key}" for key in strays]
                        + [f"the document {document_id} has no file" for document_id in missing]):

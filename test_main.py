@@ -45,7 +45,7 @@ import uvicorn
 import auth
 import main
 import storage
-from db import Database, Document, UnusableDatabase
+from db import SESSION_SECONDS, Database, Document, UnusableDatabase
 from main import Settings, create_app
 from storage import DOCX, BadDocument, LocalStorage, Storage, check_is_docx, check_is_whole, fsync_folder
 
@@ -358,7 +358,7 @@ def test_no_file_is_removed_because_the_database_does_not_know_it(tmp_path: Path
         assert code_of(client.get(f"{lost}/file")) == (404, "file_missing")
         status = processed(client, lost)
         assert [status["status"], status["attempts"], status["error"]["code"], status["error"]["retryable"]] == [
-            "FAILED", 1, "pipeline_error", True]  # it may be restored
+            "FAILED", 1, "file_missing", False]
     run = subprocess.run([sys.executable, "main.py", "check"], cwd=HERE, text=True, capture_output=True,
                          env=os.environ | {"DOCS_DATA_DIR": str(settings.data_dir)})
     assert run.returncode == 1 and str(settings.data_dir) in run.stdout
@@ -658,11 +658,11 @@ def test_logout_ends_the_session_at_once_at_all_processes_and_is_never_refused(t
 
 
 def test_a_session_outlives_no_refresh_past_its_end(client: httpx.Client, monkeypatch: Patch) -> None:
-    assert main.SESSION_SECONDS == 30 * 86400
-    monkeypatch.setattr(main, "SESSION_SECONDS", 60)
+    assert SESSION_SECONDS == 30 * 86400
+    monkeypatch.setattr("db.SESSION_SECONDS", 60)
     tokens = refresh(client, log_in(client)["refresh_token"]).json()
     assert max(tokens["expires_in"], tokens["refresh_expires_in"]) <= 60
-    monkeypatch.setattr(main, "SESSION_SECONDS", 0.5)
+    monkeypatch.setattr("db.SESSION_SECONDS", 0.5)
     tokens = log_in(client)
     until(lambda: not allowed(client, tokens))
     assert refresh(client, tokens["refresh_token"]).status_code == 401
