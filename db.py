@@ -222,8 +222,6 @@ class Database:
         """Opens or creates the file. `sync` makes durable what the uploads of a batch published, before its commit;
         `keys` are those of the stored files; `publishers` is the number of threads that publish. UnusableDatabase;
         sqlite3.Error or OSError when it can't be opened."""
-        # Runs a callback, which settles the futures of a batch. A server replaces it with `call_soon_threadsafe`.
-        self.notify: Callable[[Callable[[], None]], Any] = lambda call: call()
         self._sync = sync
         self._queue: SimpleQueue[Write] = SimpleQueue()
         self._closed = False
@@ -295,7 +293,7 @@ class Database:
         while not (self._closed and self._queue.empty()):
             batch = self._next_batch(len(batch))
             self._commit_batch(batch)
-            self.notify(functools.partial(settle, batch))
+            settle(batch)
 
     def _next_batch(self, last: int) -> list[Write]:
         """Waits for a write, and then up to 10 ms for as many as came last time: clients that wrote together tend to do

@@ -509,16 +509,13 @@ def secret_file(db: Database, path: Path) -> str:
 async def committed(future: Future[T], extra_seconds: float = 0) -> T:
     """What a write to the database returned, once it is on disk. InDoubt when that takes too long; the write is given
     up then, unless its transaction has begun."""
-    settled = asyncio.Event()
-    future.add_done_callback(lambda _: settled.set())  # on the loop: see Database.notify
     try:
-        async with asyncio.timeout(WRITE_SECONDS + extra_seconds):
-            await settled.wait()
+        async with asyncio.timeout(WRITE_SECONDS + extra_seconds) as limit:
+            return await asyncio.wrap_future(future)
     except TimeoutError:
+        if not limit.expired():  # but the storage's own failure
+            raise
         raise InDoubt("the write took too long") from None
-    finally:
-        future.cancel()
-    return future.result()
 
 
 def service_of(request: Request) -> Service:
@@ -1175,7 +1172,6 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 65536)), hard))
         service = Service(chosen, storage, pipeline)
-        service.db.notify = asyncio.get_running_loop().call_soon_threadsafe
         tasks = [asyncio.create_task(work) for work in (
             follow_server(service), repeat(service.worker.keep_leases, min(1.0, chosen.lease_seconds / 4)),
             repeat(service.remove_deleted_files, 0.5))]
@@ -1240,7 +1236,6 @@ async def shut_down(service: Service, tasks: list[asyncio.Task[None]]) -> None:
     await service.worker.close()
     for task in tasks:
         task.cancel()
-    service.db.notify = lambda call: call()  # the loop ends soon, perhaps before a thread's last write
     closing = threading.Thread(target=service.db.close, name="close", daemon=True)
     closing.start()
     closing.join(1)
