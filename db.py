@@ -190,15 +190,6 @@ class Write:
     error: BaseException | None = None
 
 
-def settle(batch: Sequence[Write]) -> None:
-    for each in batch:
-        if each.future.set_running_or_notify_cancel():  # False when nobody waits any more
-            if each.error:
-                each.future.set_exception(each.error)
-            else:
-                each.future.set_result(each.result)
-
-
 def fail_all(batch: Sequence[Write], error: BaseException) -> None:
     for each in batch:
         each.error = error
@@ -269,8 +260,9 @@ class Database:
             fcntl.flock(self._lock_file, fcntl.LOCK_UN)
 
     def close(self) -> None:
-        """Finishes what was submitted. Under the lock, since closing a connection checkpoints too."""
-        self._publishers.shutdown()
+        """Finishes what was submitted, except uploads that wait for a publisher. Under the lock, since closing a
+        connection checkpoints too."""
+        self._publishers.shutdown(cancel_futures=True)
         self._closed = True
         self._queue.put(Write(lambda: None))  # wakes the committer
         self._committer.join()
@@ -283,7 +275,8 @@ class Database:
 
     def _publish(self, new: Write, publish: Callable[[], None]) -> None:
         try:
-            publish()
+            if not new.future.cancelled():
+                publish()
         except BaseException as error:  # raised again by the future, where the caller waits
             new.error = error
         self._queue.put(new)
@@ -293,7 +286,8 @@ class Database:
         while not (self._closed and self._queue.empty()):
             batch = self._next_batch(len(batch))
             self._commit_batch(batch)
-            settle(batch)
+            for each in batch:
+                self._settle(each)
 
     def _next_batch(self, last: int) -> list[Write]:
         """Waits for a write, and then up to 10 ms for as many as came last time: clients that wrote together tend to do
@@ -343,6 +337,19 @@ class Database:
                 self._list_deleted_file(each.document_id)
         except Refused as refusal:
             each.error = refusal
+
+    def _settle(self, each: Write) -> None:
+        given_up = each.future.cancelled() or not each.future.set_running_or_notify_cancel()
+        if each.document_id and each.error and (given_up or isinstance(each.error, InDoubt)):
+            # Nobody will discard the file, and its row is perhaps not there: a second later the file is listed.
+            later = Write(functools.partial(self._list_deleted_file, each.document_id), each.document_id)
+            threading.Timer(1, self._queue.put, [later]).start()
+        if given_up:
+            return
+        if each.error:
+            each.future.set_exception(each.error)
+        else:
+            each.future.set_result(each.result)
 
     @write
     def check_writable(self) -> None:
@@ -517,7 +524,10 @@ class Database:
         self._w.executemany("DELETE FROM deleted_files WHERE document_id = ?", [(each,) for each in document_ids])
 
     def _list_deleted_file(self, document_id: str) -> None:
-        self._w.execute("INSERT OR IGNORE INTO deleted_files VALUES (?)", (document_id,))
+        """Unless the document is there after all."""
+        self._w.execute(
+            "INSERT OR IGNORE INTO deleted_files SELECT ?1 WHERE NOT EXISTS"
+            " (SELECT 1 FROM documents WHERE document_id = ?1)", (document_id,))
 
     def result(self, document_id: str) -> str | None:
         """What the pipeline returned, as JSON; None when the document is not COMPLETED or has just been deleted."""

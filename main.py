@@ -145,7 +145,7 @@ LOGGING = {  # for logging.config.dictConfig
     "handlers": {"stdout": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout", "formatter": "json"}},
     "root": {"handlers": ["stdout"], "level": "INFO"},
     "loggers": {
-        "uvicorn": {"handlers": [], "propagate": True},
+        "uvicorn": {"handlers": [], "propagate": True}, "uvicorn.error": {},
         # The `request` event says it better, and without the query.
         "uvicorn.access": {"handlers": [], "propagate": False}}}
 
@@ -375,6 +375,7 @@ class RequestMiddleware:
             exchange.status = 499  # nobody is left to answer; what nginx logs
         except (Exception, asyncio.CancelledError) as failure:
             response = await answer_problem(request, failure)
+            exchange.unread = exchange.unread and isinstance(failure, Exception)  # a cancelled request ends at once
             if exchange.status:  # the answer has begun; uvicorn cuts it off
                 raise
             await response(scope, exchange.receive, exchange.send)
@@ -395,24 +396,25 @@ class Exchange:
     def __init__(self, request: Request, receive: Receive, send: Send, request_id: str) -> None:
         self._receive, self._send, self._request_id, headers = receive, send, request_id, request.headers
         self.status = 0  # of the answer, once that has begun
-        self._unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+        self.unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
     async def receive(self) -> Message:
         message = await self._receive()
-        self._unread = message.get("more_body", False)
+        self.unread = message.get("more_body", False)
         return message
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            self.unread = self.unread and self.status != 408  # who was too slow is not waited for again
             MutableHeaders(raw=message["headers"]).setdefault("Cache-Control", "no-store")
             message["headers"] += [(b"x-request-id", self._request_id.encode()), *EVERYWHERE]
-            if self._unread:  # perhaps since uvicorn has answered a malformed body: this lets it notice, and drop ours
+            if self.unread:  # perhaps since uvicorn has answered a malformed body: this lets it notice, and drop ours
                 await asyncio.sleep(0)
-        elif self._unread and not message.get("more_body", False):
+        elif self.unread and not message.get("more_body", False):
             await self._send({**message, "more_body": True})
             await self._drain()
-            if self._unread:  # uvicorn closes the connection of an answer without an end
+            if self.unread:  # uvicorn closes the connection of an answer without an end
                 return
             message = {"type": "http.response.body"}
         await self._send(message)
@@ -421,7 +423,7 @@ class Exchange:
         drained = 0
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_SECONDS):
-                while self._unread and drained < DRAIN_BYTES:
+                while self.unread and drained < DRAIN_BYTES:
                     drained += len((await self.receive()).get("body", b""))
 
 
@@ -1183,7 +1185,7 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
         finally:
             await shut_down(service, tasks)
 
-    if not logging.getLogger().handlers:  # else somebody configures it: gunicorn, `uvicorn --log-config`
+    if not logging.getLogger().handlers:  # else somebody configured it: gunicorn, `--log-config` with a root logger
         logging.config.dictConfig(LOGGING)
     application = FastAPI(
         title="Document Lifecycle API", version="1.0.0", description=DESCRIPTION, lifespan=lifespan,

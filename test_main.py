@@ -83,7 +83,6 @@ def docx(main_part: str = MAIN_PART, compression: int = zipfile.ZIP_DEFLATED,
 
 
 def until(condition: Callable[[], T], seconds: float = 30) -> T:
-    """What the condition answers when that is true at last."""
     end = time.monotonic() + seconds
     while True:
         with contextlib.suppress(FileNotFoundError):  # a file that is looked at may go
@@ -137,7 +136,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Cli
 
 @pytest.fixture
 def client(shared: tuple[httpx.Client, Settings]) -> httpx.Client:
-    """Logged in as admin of the shared server."""
     return shared[0]
 
 
@@ -160,7 +158,6 @@ def upload(client: httpx.Client, content: bytes = PDF, filename: str = "a.pdf", 
 
 
 def uploaded(client: httpx.Client, content: bytes = PDF, filename: str = "a.pdf") -> str:
-    """The path of a new document."""
     answer = upload(client, content, filename)
     assert answer.status_code == 201, answer.text
     return str(answer.headers["Location"])
@@ -171,7 +168,6 @@ def id_in(path: str) -> str:
 
 
 def processed(client: httpx.Client, path: str) -> dict[str, Any]:
-    """Its status when processing has ended."""
     assert client.post(f"{path}/process").status_code in (200, 202)
     until(lambda: client.get(f"{path}/status").json()["status"] != "PROCESSING")
     return cast(dict[str, Any], client.get(f"{path}/status").json())
@@ -213,7 +209,6 @@ class Server:
         self.process.wait(30)
 
     def client(self) -> httpx.Client:
-        """Logged in as admin."""
         with httpx.Client(base_url=self.url) as client:
             return httpx.Client(base_url=self.url, headers=bearer(log_in(client)), timeout=60)
 
@@ -857,7 +852,6 @@ def with_fields(name: str, entries: dict[str, bytes] | None = None, **fields: in
 
 
 def bomb(name: str, megabytes: int) -> bytes:
-    """A DOCX with an entry of zeros, deflated a thousand to one."""
     deflate, checksum, zeros = zlib.compressobj(9, zlib.DEFLATED, -15), 0, bytes(2**20)
     piece = deflate.compress(zeros) + deflate.flush(zlib.Z_FULL_FLUSH)
     for _ in range(megabytes):
@@ -1079,6 +1073,7 @@ def test_a_body_that_dribbles_gets_408(client: httpx.Client, monkeypatch: Patch,
         while not select.select([connection], [], [], 0.1)[0]:
             connection.sendall(b"x")  # for ten seconds, if it may
         status, headers, body = answer_on(connection)
+        assert connection.recv(1) == b""
     assert (status, body["code"], headers["Connection"]) == (408, "upload_timeout", "close")
 
 
@@ -2081,7 +2076,6 @@ def test_a_job_may_end_within_the_grace(tmp_path: Path) -> None:
 
 
 def test_exit_is_bounded_whatever_is_under_way(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What is waited for could take minutes. The next start goes on with the job."""
     big = PDF[:9] + bytes(16_000_000) + PDF[9:]
     with (odd_server(tmp_path, "never", DOCS_SHUTDOWN_SECONDS="0.5") as server,
           server.client() as client, contextlib.ExitStack() as stack):
@@ -2112,7 +2106,8 @@ def test_exit_is_bounded_whatever_is_under_way(tmp_path: Path, caplog: pytest.Lo
 
 
 def test_exit_is_bounded_at_a_second_ctrl_c(tmp_path: Path) -> None:
-    with odd_server(tmp_path, "never") as server, server.client() as client:
+    with odd_server(tmp_path, "never") as server, server.client() as client, connected(client) as stalled:
+        stalled.sendall(with_token(client, sent(part(PDF), Content_Length="99999")))
         for path in [uploaded(client) for _ in range(20)]:
             until(lambda: client.post(f"{path}/process").is_success and "process_started" in server.output())
         for _ in range(2):
@@ -2169,13 +2164,18 @@ def test_a_held_lock_makes_others_answer_503_but_to_readers(tmp_path: Path, monk
         assert processed(client, path)["status"] == "COMPLETED"
 
 
-def test_an_upload_that_is_in_doubt_has_row_and_file_or_neither(steps: Steps, monkeypatch: Patch) -> None:
+@pytest.mark.parametrize("slow_step, failure", [
+    ("COMMIT", None), ("COMMIT", sqlite3.Error()), ("BEGIN", sqlite3.Error()), ("publish done", OSError())])
+def test_an_upload_that_is_in_doubt_has_row_and_file_or_neither(
+        steps: Steps, monkeypatch: Patch, slow_step: str, failure: Exception | None) -> None:
     go, seen = threading.Event(), list[str]()
 
     def tell(step: str) -> None:
         seen.append(step)
-        if step == "COMMIT" and "publish done" in seen:
+        if step == slow_step and "publish done" in seen and not go.is_set():
             go.wait(30)
+            if failure:
+                raise failure
 
     with steps.running() as client:
         monkeypatch.setattr(main, "WRITE_SECONDS", 0.3)
