@@ -472,7 +472,9 @@ class Database:
         return new.future
 
     def _add_document(self, new: Document) -> Document:
-        known = self._find(self._w, "owner_id = ? AND idempotency_key = ?", new.owner_id, new.idempotency_key)
+        known = None
+        if new.idempotency_key:
+            known = self._find(self._w, "owner_id = ? AND idempotency_key = ?", new.owner_id, new.idempotency_key)
         if known:
             self._list_deleted_file(new.document_id)
             if known.sha256 != new.sha256:
