@@ -341,9 +341,11 @@ class Database:
     def _settle(self, each: Write) -> None:
         given_up = each.future.cancelled() or not each.future.set_running_or_notify_cancel()
         if each.document_id and each.error and (given_up or isinstance(each.error, InDoubt)):
-            # Nobody will discard the file, and its row is perhaps not there: a second later the file is listed.
-            later = Write(functools.partial(self._list_deleted_file, each.document_id), each.document_id)
-            threading.Timer(1, self._queue.put, [later]).start()
+            # Nobody will discard the file, and its row is perhaps not there: soon the file is listed, like that of a
+            # write that was given up, and so on until the listing is committed.
+            later = Write(each.operation, each.document_id)
+            later.future.cancel()
+            threading.Timer(0.5, self._queue.put, [later]).start()
         if given_up:
             return
         if each.error:
