@@ -355,7 +355,7 @@ class Database:
 
     @write
     def check_writable(self) -> None:
-        """sqlite3.Error when nothing can be written now."""
+        """Writes a row as it is; sqlite3.Error when nothing can be written now."""
         self._w.execute("UPDATE users SET username = username WHERE rowid = (SELECT min(rowid) FROM users)")
 
     # Users and sessions
@@ -528,7 +528,7 @@ class Database:
         self._w.executemany("DELETE FROM deleted_files WHERE document_id = ?", [(each,) for each in document_ids])
 
     def _list_deleted_file(self, document_id: str) -> None:
-        """Unless the document is there after all."""
+        """Lists the file of this document for removal, unless the document is there."""
         self._w.execute(
             "INSERT OR IGNORE INTO deleted_files SELECT ?1 WHERE NOT EXISTS"
             " (SELECT 1 FROM documents WHERE document_id = ?1)", (document_id,))

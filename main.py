@@ -67,10 +67,10 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import auth
-from db import (Database, Document, InDoubt, KeyReused, QueueFull, RunLost, Session, Status,
-                Throttled, TokenReused, UnusableDatabase, User, utc_now, utc_text)
-from storage import (DOCX, MEDIA_TYPES, PDF, BadDocument, Incoming, LocalStorage, Storage, check_is_whole,
-                     fsync_folder, private)
+from db import (Database, Document, InDoubt, KeyReused, QueueFull, RunLost, Session, Status, Throttled, TokenReused,
+                UnusableDatabase, User, utc_now, utc_text)
+from storage import (DOCX, MEDIA_TYPES, PDF, BadDocument, Incoming, LocalStorage, Storage, check_is_whole, fsync_folder,
+                     private)
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
@@ -905,7 +905,7 @@ async def upload(request: Request) -> Response:
     try:
         filename = await read_file(request, incoming)
         document = await store(service, incoming, filename, user, idempotency_key)
-    except InDoubt:  # the file may have its row, so it stays
+    except InDoubt:  # the database adds the document or lists its file in `deleted_files`
         raise
     except Exception:
         await run_in_threadpool(incoming.discard)
@@ -1240,7 +1240,7 @@ async def shut_down(service: Service, tasks: list[asyncio.Task[None]]) -> None:
         task.cancel()
     closing = threading.Thread(target=service.db.close, name="close", daemon=True)
     closing.start()
-    closing.join(1)
+    await asyncio.to_thread(closing.join, 1)
 
 
 # Commands
@@ -1272,8 +1272,7 @@ def main(storage: Storage | None = None) -> int:
                 raise ValueError(f"there is no user {chosen.name} in {folder}")
         print(f"{chosen.command} {chosen.name}: done in {folder}")
         return 0
-    except (ValueError, UnusableDatabase, OSError, sqlite3.Error, EOFError,
-            KeyboardInterrupt) as error:
+    except (ValueError, UnusableDatabase, OSError, sqlite3.Error, EOFError, KeyboardInterrupt) as error:
         print(f"{chosen.command}: {str(error) or 'stopped'}", file=sys.stderr)
         return 1
 

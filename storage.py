@@ -177,7 +177,7 @@ class Incoming:
         return file
 
     def finish(self) -> None:
-        """Checks the file, writes the rest and publishes it. BadDocument."""
+        """Writes the rest of the file, and publishes it if it is a good PDF or DOCX: BadDocument."""
         if self._head is not None:
             self._check_start(decided=True)
         file = self.flush()
