@@ -183,16 +183,11 @@ class Write:
     """A write on its way to the disk. Whoever gives up waiting cancels `future`; then `operation` is not run, unless it
     was run already."""
 
-    operation: Callable[[], Any]
+    operation: Callable[[], Any] = lambda: None
     document_id: str | None = None  # of an upload, whose file is published before
     future: Future[Any] = field(default_factory=Future)
     result: Any = None
     error: BaseException | None = None
-
-
-def fail_all(batch: Sequence[Write], error: BaseException) -> None:
-    for each in batch:
-        each.error = error
 
 
 def write(method: Callable[Concatenate["Database", P], T]) -> Callable[Concatenate["Database", P], Future[T]]:
@@ -216,6 +211,7 @@ class Database:
         self._sync = sync
         self._queue: SimpleQueue[Write] = SimpleQueue()
         self._closed = False
+        self._abandoned: set[str] = set()  # uploads that may have left a file without a row
         self._lock_file = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
         with self.lock():
             self._check_not_lost(path, keys)
@@ -264,7 +260,7 @@ class Database:
         connection checkpoints too."""
         self._publishers.shutdown(cancel_futures=True)
         self._closed = True
-        self._queue.put(Write(lambda: None))  # wakes the committer
+        self._queue.put(Write())  # wakes the committer
         self._committer.join()
         with self.lock():
             self._r.close()
@@ -273,10 +269,10 @@ class Database:
 
     # The publishers and the committer
 
-    def _publish(self, new: Write, publish: Callable[[], None]) -> None:
+    def _publish(self, new: Write, publish: Callable[[], Document]) -> None:
         try:
             if not new.future.cancelled():
-                publish()
+                new.operation = functools.partial(self._add_document, publish())
         except BaseException as error:  # raised again by the future, where the caller waits
             new.error = error
         self._queue.put(new)
@@ -285,7 +281,12 @@ class Database:
         batch: list[Write] = []
         while not (self._closed and self._queue.empty()):
             batch = self._next_batch(len(batch))
-            self._commit_batch(batch)
+            ready = [each for each in batch if not each.error]
+            try:
+                self._commit_batch(ready)
+            except BaseException as error:
+                for each in ready:
+                    each.error = error
             for each in batch:
                 self._settle(each)
 
@@ -299,53 +300,45 @@ class Database:
         return [first, *(self._queue.get() for _ in range(min(self._queue.qsize(), MAX_BATCH)))]
 
     def _commit_batch(self, batch: list[Write]) -> None:
-        """One sync for all files that were published, then one transaction."""
-        ready = [each for each in batch if not each.error]
-        try:
-            if any(each.document_id for each in ready):
-                self._sync()
-        except BaseException as error:  # and no second try: that may succeed though the first one lost a file's name
-            fail_all(ready, error)
-        else:
-            self._transact(ready)
-
-    def _transact(self, batch: Sequence[Write]) -> None:
-        """One transaction for all. When one of the operations breaks it, each gets a transaction of its own."""
-        step = "BEGIN"
-        try:
-            with self.lock(), self._w:  # commits, or rolls back
-                self._w.execute("BEGIN IMMEDIATE")
-                step = "operations"
-                for each in batch:
-                    self._apply(each)
-                step = "COMMIT"
-        except BaseException as error:
-            if step == "operations" and len(batch) > 1:
-                for each in batch:
-                    self._transact([each])
-            elif step == "COMMIT" and getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL:
-                fail_all(batch, InDoubt(str(error)))
-            else:  # nothing was committed
-                fail_all(batch, error)
+        """One sync for all files that were published, then one transaction. What it raises holds for all."""
+        if any(each.document_id for each in batch):
+            self._sync()  # without a second try: that may succeed though the first one lost a file's name
+        with self.lock(), self._w:  # rolls back after an exception
+            self._w.execute("BEGIN IMMEDIATE")
+            for each in batch:
+                self._apply(each)
+            for document_id in self._abandoned:
+                self._list_deleted_file(document_id)
+            try:
+                self._w.execute("COMMIT")
+            except sqlite3.Error as error:
+                if error.sqlite_errorcode == sqlite3.SQLITE_FULL:  # nothing was committed
+                    raise
+                raise InDoubt(str(error)) from error
+        self._abandoned.clear()
 
     def _apply(self, each: Write) -> None:
-        each.error = None
-        try:
-            if not each.future.cancelled():
-                each.result = each.operation()
-            elif each.document_id:  # its file may be there
+        """Runs the operation. When it breaks, it is undone alone."""
+        if each.future.cancelled():
+            if each.document_id:
                 self._list_deleted_file(each.document_id)
+            return
+        self._w.execute("SAVEPOINT operation")
+        try:
+            each.result = each.operation()
         except Refused as refusal:
             each.error = refusal
+        except Exception as error:
+            if not self._w.in_transaction:  # SQLite has rolled back all of it, as when the disk is full
+                raise
+            each.error = error
+            self._w.execute("ROLLBACK TO operation")
+        self._w.execute("RELEASE operation")
 
     def _settle(self, each: Write) -> None:
-        given_up = each.future.cancelled() or not each.future.set_running_or_notify_cancel()
+        given_up = not each.future.set_running_or_notify_cancel()
         if each.document_id and each.error and (given_up or isinstance(each.error, InDoubt)):
-            # Nobody will discard the file, and its row is perhaps not there: soon the file is listed, like that of a
-            # write that was given up, and so on until the listing is committed.
-            later = Write(each.operation, each.document_id)
-            later.future.cancel()
-            threading.Timer(0.5, self._queue.put, [later]).start()
+            self._abandoned.add(each.document_id)
         if given_up:
             return
         if each.error:
@@ -464,12 +457,11 @@ class Database:
 
     # Documents
 
-    def add_document(self, document_id: str, publish: Callable[[], None],
-                     row: Callable[[], Document]) -> Future[Document]:
-        """Calls `publish` in a thread, then adds what `row` returns. The result is that document, or the one that its
-        owner uploaded under its key before; KeyReused when that one has another content. A file whose document is not
-        added after all is listed in `deleted_files`. Whatever `publish` raises is raised."""
-        new = Write(lambda: self._add_document(row()), document_id)
+    def add_document(self, document_id: str, publish: Callable[[], Document]) -> Future[Document]:
+        """Calls `publish` in a thread, then adds the document that it returns. The result is that document, or the one
+        that its owner uploaded under its key before; KeyReused when that one has another content. A file whose document
+        is not added after all is listed in `deleted_files`. Whatever `publish` raises is raised."""
+        new = Write(document_id=document_id)
         self._publishers.submit(self._publish, new, publish)
         return new.future
 

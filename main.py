@@ -717,13 +717,14 @@ async def read_file(request: Request, incoming: Incoming) -> str:
 
 async def store(service: Service, incoming: Incoming, filename: str, owner: User, key: str | None) -> Document:
     """Publishes the file and adds its row: the document, or the one that was uploaded under the key before."""
-    def row() -> Document:  # once the file is published, and so hashed
+    def publish() -> Document:
+        incoming.finish()
         now = utc_now()
         return Document(
             incoming.key, owner.user_id, filename, incoming.media_type, incoming.size, incoming.sha256.hexdigest(),
             Status.UPLOADED, now, now, idempotency_key=key)
 
-    added = service.db.add_document(incoming.key, incoming.finish, row)
+    added = service.db.add_document(incoming.key, publish)
     return await committed(added, extra_seconds=incoming.size / SLOWEST_STORAGE)
 
 
@@ -816,26 +817,23 @@ class Worker:
             self.wake()
 
     def _work(self) -> None:
-        while not self.stopping and self._run_next():
-            pass
-
-    def _run_next(self) -> bool:
-        """Claims a document and runs it; False when none waits."""
-        run_id = uuid.uuid4().hex
-        self._run_ids.add(run_id)
-        try:
-            document = wait_for_commit(self._db.claim(run_id))
-            if document:
+        """Claims documents and runs them, one after the other, until none waits."""
+        while not self.stopping:
+            run_id = uuid.uuid4().hex
+            self._run_ids.add(run_id)
+            try:
+                document = wait_for_commit(self._db.claim(run_id))
+                if document is None:
+                    return
                 self._run(run_id, document)
-            return document is not None
-        except RunLost:  # the document was deleted or taken over, and whoever did that has logged it
-            return True
-        except Exception as failure:  # a run that can't be read or written now is tried again after the lease
-            log_event("storage_error", logging.ERROR, failure=failure)
-            return False
-        finally:
-            request_id_of_context.set(None)
-            self._run_ids.discard(run_id)
+            except RunLost:
+                pass  # the document was deleted or taken over, and whoever did that has logged it
+            except Exception as failure:  # a run that can't be read or written now is tried again after the lease
+                log_event("storage_error", logging.ERROR, failure=failure)
+                return
+            finally:
+                request_id_of_context.set(None)
+                self._run_ids.discard(run_id)
 
     def _run(self, run_id: str, document: Document) -> None:
         document_id, start = document.document_id, time.monotonic()
@@ -843,11 +841,12 @@ class Worker:
         log_run("process_started", document)
         try:
             result = self._call_pipeline(run_id, document)
-            wait_for_commit(self._db.complete(run_id, document_id, result))
-            log_run("process_completed", document, start)
         except ProcessingFailed as failure:
             wait_for_commit(self._db.fail(run_id, document_id, failure.code, failure.message, failure.retryable))
             log_run("process_failed", document, start, failure=failure.__cause__, error=failure.code)
+        else:
+            wait_for_commit(self._db.complete(run_id, document_id, result))
+            log_run("process_completed", document, start)
 
     def _call_pipeline(self, run_id: str, document: Document) -> str:
         """The result as JSON, or ProcessingFailed; RunLost."""
