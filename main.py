@@ -1216,17 +1216,22 @@ async def follow_server(service: Service) -> None:
     server.config.timeout_graceful_shutdown = grace  # type: ignore[assignment]
     while not server.started:
         await asyncio.sleep(0.05)
-    for sock in (sock for listener in server.servers for sock in listener.sockets):
-        if sock.family in (socket.AF_INET, socket.AF_INET6):
-            # Connections inherit both options on Linux. Without TCP_NODELAY, which uvicorn does not set for several
-            # workers, an answer may wait 40 ms. TCP_USER_TIMEOUT ends connections whose client takes nothing.
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if hasattr(socket, "TCP_USER_TIMEOUT"):
-                idle_ms = int(1000 * service.settings.upload_idle_seconds)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, idle_ms)
+    for listener in server.servers:
+        for sock in listener.sockets:
+            set_tcp_options(sock, service.settings.upload_idle_seconds)
     while not server.should_exit:
         await asyncio.sleep(0.1)
     service.worker.stop(grace)
+
+
+def set_tcp_options(listening: Any, idle_seconds: float) -> None:
+    """Connections inherit both on Linux. Without TCP_NODELAY, which uvicorn does not set for several workers, an answer
+    may wait 40 ms. TCP_USER_TIMEOUT (tcp(7)) ends connections whose client takes nothing."""
+    if listening.family == socket.AF_UNIX:
+        return
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * idle_seconds))
 
 
 async def shut_down(service: Service, tasks: list[asyncio.Task[None]]) -> None:

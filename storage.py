@@ -168,12 +168,12 @@ class Incoming:
     def flush(self) -> BinaryIO:
         """Writes the pieces that are held. The file, which can be read and written."""
         file = self._file = self._file or self._storage.create(self.key)
-        data = b"".join(self._pieces)
+        for piece in self._pieces:
+            self.sha256.update(piece)
+            while piece:
+                piece = piece[file.write(piece):]
         self._pieces.clear()
         self.held = 0
-        self.sha256.update(data)
-        while data:
-            data = data[file.write(data):]
         return file
 
     def finish(self) -> None:
