@@ -97,7 +97,7 @@ class InDoubt(sqlite3.Error):
 
 
 class Refused(Exception):
-    """The write was refused. What its method wrote before it raised this is committed all the same."""
+    """Raised by a method marked `@write` that says no. What the method wrote before is committed all the same."""
 
 
 class KeyReused(Refused):
@@ -117,7 +117,7 @@ class TokenReused(Refused):
 
 
 class RunLost(Refused):
-    """The document no longer belongs to this run: it was deleted or taken over. The run can write nothing any more."""
+    """The document no longer belongs to this run: it was deleted or taken over. Or the run has to end at a shutdown."""
 
 
 class Status(StrEnum):
@@ -183,8 +183,8 @@ class Write:
     """A write on its way to the disk. Whoever gives up waiting cancels `future`; then `operation` is not run, unless it
     was run already."""
 
-    operation: Callable[[], Any] = lambda: None
-    document_id: str | None = None  # of an upload, whose file is published before
+    operation: Callable[[], Any] = lambda: None  # of an upload: to be set when its file is published
+    document_id: str | None = None  # of an upload
     future: Future[Any] = field(default_factory=Future)
     result: Any = None
     error: BaseException | None = None
@@ -206,8 +206,8 @@ class Database:
     def __init__(self, path: Path, sync: Callable[[], None], keys: Callable[[], Iterator[str]],
                  publishers: int) -> None:
         """Opens or creates the file. `sync` makes durable what the uploads of a batch published, before its commit;
-        `keys` are those of the stored files; `publishers` is the number of threads that publish. UnusableDatabase;
-        sqlite3.Error or OSError when it can't be opened."""
+        `keys` are those of the stored files; `publishers` is the number of threads that publish. Raises
+        UnusableDatabase, or sqlite3.Error or OSError when the file can't be opened."""
         self._sync = sync
         self._queue: SimpleQueue[Write] = SimpleQueue()
         self._closed = False
@@ -297,7 +297,7 @@ class Database:
         for _ in range(10):
             if 1 + self._queue.qsize() < last:
                 time.sleep(0.001)
-        return [first, *(self._queue.get() for _ in range(min(self._queue.qsize(), MAX_BATCH)))]
+        return [first, *(self._queue.get() for _ in range(min(self._queue.qsize(), MAX_BATCH - 1)))]
 
     def _commit_batch(self, batch: list[Write]) -> None:
         """One sync for all files that were published, then one transaction. What it raises holds for all."""
@@ -348,7 +348,7 @@ class Database:
 
     @write
     def check_writable(self) -> None:
-        """Writes a row as it is; sqlite3.Error when nothing can be written now."""
+        """Writes a row as it is. Raises sqlite3.Error when nothing can be written now."""
         self._w.execute("UPDATE users SET username = username WHERE rowid = (SELECT min(rowid) FROM users)")
 
     # Users and sessions
@@ -459,8 +459,9 @@ class Database:
 
     def add_document(self, document_id: str, publish: Callable[[], Document]) -> Future[Document]:
         """Calls `publish` in a thread, then adds the document that it returns. The result is that document, or the one
-        that its owner uploaded under its key before; KeyReused when that one has another content. A file whose document
-        is not added after all is listed in `deleted_files`. Whatever `publish` raises is raised."""
+        that its owner uploaded under its key before, and then the new file is listed in `deleted_files`. So is a file
+        without a row after InDoubt, or when nobody waits any more; after other errors the caller removes the file.
+        Raises what `publish` raises, and KeyReused when the document of the key has another content."""
         new = Write(document_id=document_id)
         self._publishers.submit(self._publish, new, publish)
         return new.future
@@ -535,7 +536,7 @@ class Database:
     @write
     def enqueue(self, document_id: str, owner_id: str, request_id: str, max_queue: int) -> Document | None:
         """Lets an UPLOADED or FAILED document wait for a run; any other is left as it is. None: no such document.
-        QueueFull when `max_queue` documents of the owner wait already."""
+        Raises QueueFull when `max_queue` documents of the owner wait already."""
         document = self._find(self._w, "document_id = ? AND owner_id = ?", document_id, owner_id)
         if document is None or document.status in (Status.PROCESSING, Status.COMPLETED):
             return document
@@ -588,7 +589,7 @@ class Database:
             message, error, utc_now())
 
     def _update_run(self, run_id: str, document_id: str, assignments: str, *values: Any) -> None:
-        """RunLost, and nothing written, unless the document still belongs to this run."""
+        """Raises RunLost, and writes nothing, unless the document still belongs to this run."""
         if not self._w.execute(
                 f"UPDATE documents SET {assignments}, updated_at = ? WHERE document_id = ? AND run_id = ?",
                 (*values, utc_now(), document_id, run_id)).rowcount:

@@ -99,7 +99,7 @@ class Settings(BaseModel, frozen=True, populate_by_name=True, alias_generator=la
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Settings":
-        """ValueError: its text names the settings with a bad value and says what they want, never the value."""
+        """Raises ValueError: its text names the settings with a bad value and what they want, never the value."""
         try:
             return cls.model_validate({name: text for name, text in environment.items() if name.startswith("DOCS_")})
         except ValidationError as error:
@@ -348,7 +348,7 @@ async def answer_problem(request: Request, failure: BaseException) -> Response:
 # The request middleware
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-EVERYWHERE = ((b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY"))
+SECURITY_HEADERS = ((b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY"))
 DRAIN_SECONDS, DRAIN_BYTES = 30.0, 2**28
 
 
@@ -408,8 +408,8 @@ class Exchange:
             self.status = message["status"]
             self.unread = self.unread and self.status != 408  # who was too slow is not waited for again
             MutableHeaders(raw=message["headers"]).setdefault("Cache-Control", "no-store")
-            message["headers"] += [(b"x-request-id", self._request_id.encode()), *EVERYWHERE]
-            if self.unread:  # perhaps since uvicorn has answered a malformed body: this lets it notice, and drop ours
+            message["headers"] += [(b"x-request-id", self._request_id.encode()), *SECURITY_HEADERS]
+            if self.unread:  # If uvicorn has answered a malformed body itself, it learns so in this turn of the loop.
                 await asyncio.sleep(0)
         elif self.unread and not message.get("more_body", False):
             await self._send({**message, "more_body": True})
@@ -509,8 +509,8 @@ def secret_file(db: Database, path: Path) -> str:
 
 
 async def committed(future: Future[T], extra_seconds: float = 0) -> T:
-    """What a write to the database returned, once it is on disk. InDoubt when that takes too long; the write is given
-    up then, unless its transaction has begun."""
+    """What a write to the database returned, once it is on disk. Raises InDoubt when that takes too long; the write is
+    skipped then, unless it was run already."""
     try:
         async with asyncio.timeout(WRITE_SECONDS + extra_seconds) as limit:
             return await asyncio.wrap_future(future)
@@ -549,9 +549,9 @@ def found(row: T | None) -> T:
     return row
 
 
-class OwnDocumentBearer(SessionBearer):
-    """The document, if it is the caller's; somebody else's is as unknown as one that never was. This dependency finds
-    the user too, since another one for that would take a twentieth of the time of a request."""
+class DocumentOfCaller(SessionBearer):
+    """The document of the path, if it is the caller's; any other is unknown. This dependency checks the token too: two
+    dependencies would take a twentieth of the time of a request more."""
 
     async def __call__(self, document_id: uuid.UUID, request: Request) -> Document:  # type: ignore[override]
         user = await super().__call__(request)
@@ -560,7 +560,7 @@ class OwnDocumentBearer(SessionBearer):
 
 signed_in = SessionBearer()
 CurrentUser = Annotated[User, Depends(signed_in)]
-OwnDocument = Annotated[Document, Depends(OwnDocumentBearer())]
+OwnDocument = Annotated[Document, Depends(DocumentOfCaller())]
 
 
 # Bodies and uploads
@@ -595,7 +595,7 @@ async def body_chunks(request: Request, limit: int, seconds: float) -> AsyncIter
 
 
 async def read_fields(request: Request, model: type[Model]) -> Model:
-    """A small body, JSON or an HTML form, as this model; Problem or RequestValidationError when it does not fit."""
+    """A small body, JSON or an HTML form, as this model. Raises Problem or RequestValidationError."""
     media_type, _ = parse_options_header(request.headers.get("content-type"))
     if media_type not in (b"application/json", b"application/x-www-form-urlencoded"):
         raise Problem("unsupported_media_type", "Send application/json or application/x-www-form-urlencoded.")
@@ -641,7 +641,7 @@ class MultipartFile:
             raise Problem("too_large", f"There are more than {SMALL_BODY} bytes around the file.")
 
     def end(self) -> None:
-        """The body has ended; FormParserError or Problem when there is no file in it."""
+        """The body has ended. Raises FormParserError or Problem when there is no whole file in it."""
         if self._parser.state != MultipartState.END:
             raise FormParserError
         if not self._incoming.size:
@@ -700,9 +700,9 @@ def shown_filename(name: str) -> str:
     return (stem or "document") + dot + extension if name else ""
 
 
-async def read_file(request: Request, incoming: Incoming) -> str:
-    """Reads the body: the name of the file. An upload that holds more than its share of memory is written in a thread;
-    one that waits for its next chunk keeps what it had, though the share has become smaller."""
+async def receive_file(request: Request, incoming: Incoming) -> str:
+    """Reads the body into `incoming`; returns the file's name. What an upload holds beyond its share of memory is
+    written in a thread."""
     service, form = service_of(request), MultipartFile(request.headers.get("content-type"), incoming)
     async for chunk in body_chunks(request, service.settings.max_upload_bytes + SMALL_BODY, UPLOAD_SECONDS):
         form.feed(chunk)
@@ -717,14 +717,14 @@ async def read_file(request: Request, incoming: Incoming) -> str:
 
 async def store(service: Service, incoming: Incoming, filename: str, owner: User, key: str | None) -> Document:
     """Publishes the file and adds its row: the document, or the one that was uploaded under the key before."""
-    def publish() -> Document:
+    def finish() -> Document:
         incoming.finish()
         now = utc_now()
         return Document(
             incoming.key, owner.user_id, filename, incoming.media_type, incoming.size, incoming.sha256.hexdigest(),
             Status.UPLOADED, now, now, idempotency_key=key)
 
-    added = service.db.add_document(incoming.key, publish)
+    added = service.db.add_document(incoming.key, finish)
     return await committed(added, extra_seconds=incoming.size / SLOWEST_STORAGE)
 
 
@@ -739,8 +739,9 @@ class ProcessingFailed(Exception):
     """What a pipeline raises to say what went wrong and whether trying again can help."""
 
     def __init__(self, code: str, message: str, retryable: bool) -> None:
-        self.code, self.retryable = code, retryable
-        self.message = message.encode(errors="replace").decode()  # a lone surrogate fits no database
+        self.retryable = retryable
+        self.code, self.message = (  # a lone surrogate fits no database
+            text.encode(errors="replace").decode() for text in (code, message))
 
 
 def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *, seconds: float) -> Any:
@@ -766,7 +767,7 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
 
 
 def wait_for_commit(future: Future[T]) -> T:
-    """As `committed`, but for threads, and a write that takes too long is a TimeoutError."""
+    """As `committed`, but for threads. Raises TimeoutError when the write takes too long."""
     try:
         return future.result(WRITE_SECONDS)
     finally:
@@ -827,7 +828,7 @@ class Worker:
                     return
                 self._run(run_id, document)
             except RunLost:
-                pass  # the document was deleted or taken over, and whoever did that has logged it
+                pass  # the document was deleted or taken over, or the grace of a shutdown is over
             except Exception as failure:  # a run that can't be read or written now is tried again after the lease
                 log_event("storage_error", logging.ERROR, failure=failure)
                 return
@@ -849,7 +850,7 @@ class Worker:
             log_run("process_completed", document, start)
 
     def _call_pipeline(self, run_id: str, document: Document) -> str:
-        """The result as JSON, or ProcessingFailed; RunLost."""
+        """The result as JSON. Raises ProcessingFailed or RunLost."""
         def progress(percent: int, message: str) -> None:
             if time.monotonic() > self._stop_at:
                 raise RunLost
@@ -871,7 +872,7 @@ class Worker:
         except (RunLost, ProcessingFailed):
             raise
         except BaseException as failure:  # even a sys.exit of the pipeline makes FAILED
-            reason = f"The pipeline raised {type(failure).__name__}."
+            reason = f"The pipeline failed: {type(failure).__name__}."
             raise ProcessingFailed("pipeline_error", reason, retryable=True) from failure
 
 
@@ -902,7 +903,7 @@ async def upload(request: Request) -> Response:
     incoming = Incoming(service.storage, new_uuid())
     service.open_uploads += 1
     try:
-        filename = await read_file(request, incoming)
+        filename = await receive_file(request, incoming)
         document = await store(service, incoming, filename, user, idempotency_key)
     except InDoubt:  # the database adds the document or lists its file in `deleted_files`
         raise
@@ -1242,7 +1243,7 @@ async def shut_down(service: Service, tasks: list[asyncio.Task[None]]) -> None:
     await service.worker.close()
     for task in tasks:
         task.cancel()
-    closing = threading.Thread(target=service.db.close, name="close", daemon=True)
+    closing = threading.Thread(target=service.db.close, name="close", daemon=True)  # the exit does not wait for it
     closing.start()
     await asyncio.to_thread(closing.join, 1)
 

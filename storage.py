@@ -149,7 +149,7 @@ class Incoming:
         self._file: BinaryIO | None = None
 
     def feed(self, piece: bytes) -> None:
-        """Takes the next piece. BadDocument when the file does not begin as its media type does."""
+        """Takes the next piece. Raises BadDocument when the file does not begin as its media type does."""
         self.size += len(piece)
         self._pieces.append(piece)
         self.held += len(piece) + 64  # a piece is a Python object too
@@ -177,7 +177,7 @@ class Incoming:
         return file
 
     def finish(self) -> None:
-        """Writes the rest of the file, and publishes it if it is a good PDF or DOCX: BadDocument."""
+        """Writes the rest of the file and publishes it. Raises BadDocument unless it is a PDF or DOCX."""
         if self._head is not None:
             self._check_start(decided=True)
         file = self.flush()
@@ -222,7 +222,7 @@ class BoundedReads:
 
 @contextlib.contextmanager
 def open_docx(file: BinaryIO) -> Iterator[zipfile.ZipFile]:
-    """The ZIP archive; BadDocument for whatever is wrong with it, also inside of the `with` block."""
+    """The ZIP archive. Raises BadDocument for whatever is wrong with it, also inside of the `with` block."""
     try:
         with zipfile.ZipFile(cast(BinaryIO, BoundedReads(file))) as archive:
             if len(archive.infolist()) > MAX_ENTRIES:
@@ -234,7 +234,7 @@ def open_docx(file: BinaryIO) -> Iterator[zipfile.ZipFile]:
 
 
 def unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, most: int) -> Iterator[bytes]:
-    """The bytes of an entry, whose CRC is checked at the end; BadDocument when there are more than `most`."""
+    """The bytes of an entry, whose CRC is checked at the end. Raises BadDocument after `most` bytes."""
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile has no bound for the others
         raise BadDocument("The ZIP archive uses a compression that a DOCX can't have.")
     # zipfile refuses an entry whose local header spells the name otherwise. Readers let the central directory rule.
@@ -286,7 +286,7 @@ def content_types(archive: zipfile.ZipFile) -> dict[str, str]:
 
 
 def check_is_docx(file: BinaryIO) -> None:
-    """BadDocument unless it is a ZIP whose [Content_Types].xml declares a WordprocessingML main part (ECMA-376-2)."""
+    """Raises BadDocument unless [Content_Types].xml declares a WordprocessingML main part (ECMA-376-2)."""
     with open_docx(file) as archive:
         declared = content_types(archive).values()
     if MAIN_PART not in declared:
@@ -296,7 +296,7 @@ def check_is_docx(file: BinaryIO) -> None:
 
 
 def check_is_whole(file: BinaryIO, media_type: str) -> None:
-    """BadDocument when a PDF has no `%%EOF` within its last MiB, or when the main part of a DOCX does not unpack."""
+    """Raises BadDocument when a PDF has no `%%EOF` within its last MiB, or the main part of a DOCX does not unpack."""
     if media_type == PDF:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 2**20))
         if b"%%EOF" not in file.read():
