@@ -89,7 +89,7 @@ MAX_BATCH = 500  # writes in a transaction
 
 
 class UnusableDatabase(Exception):
-    """The file is not a database of this program, or of a later version, or was lost."""
+    """The file belongs to another program or to a later version of this one, or it was lost."""
 
 
 class InDoubt(sqlite3.Error):
@@ -247,8 +247,9 @@ class Database:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """One process at a time, the others wait in the kernel; SQLite's own lock would make them sleep and retry. And
-        no two connections may write or checkpoint at the same moment before SQLite 3.51.3 (the WAL-reset bug)."""
+        """One process at a time; threads of one process share the descriptor, and so the lock. The others wait in the
+        kernel, where SQLite's own lock would make them sleep and retry. And no two connections may write or checkpoint
+        at the same moment before SQLite 3.51.3 (the WAL-reset bug)."""
         fcntl.flock(self._lock_file, fcntl.LOCK_EX)
         try:
             yield
@@ -269,10 +270,10 @@ class Database:
 
     # The publishers and the committer
 
-    def _publish(self, new: Write, publish: Callable[[], Document]) -> None:
+    def _finish(self, new: Write, finish: Callable[[], Document]) -> None:
         try:
             if not new.future.cancelled():
-                new.operation = functools.partial(self._add_document, publish())
+                new.operation = functools.partial(self._add_document, finish())
         except BaseException as error:  # raised again by the future, where the caller waits
             new.error = error
         self._queue.put(new)
@@ -280,7 +281,7 @@ class Database:
     def _commit_forever(self) -> None:
         batch: list[Write] = []
         while not (self._closed and self._queue.empty()):
-            batch = self._next_batch(len(batch))
+            batch = self._next_batch(expected=len(batch))
             ready = [each for each in batch if not each.error]
             try:
                 self._commit_batch(ready)
@@ -290,19 +291,19 @@ class Database:
             for each in batch:
                 self._settle(each)
 
-    def _next_batch(self, last: int) -> list[Write]:
+    def _next_batch(self, expected: int) -> list[Write]:
         """Waits for a write, and then up to 10 ms for as many as came last time: clients that wrote together tend to do
         so again, and share the fsyncs."""
         first = self._queue.get()
         for _ in range(10):
-            if 1 + self._queue.qsize() < last:
+            if 1 + self._queue.qsize() < expected:
                 time.sleep(0.001)
         return [first, *(self._queue.get() for _ in range(min(self._queue.qsize(), MAX_BATCH - 1)))]
 
     def _commit_batch(self, batch: list[Write]) -> None:
         """One sync for all files that were published, then one transaction. What it raises holds for all."""
         if any(each.document_id for each in batch):
-            self._sync()  # without a second try: that may succeed though the first one lost a file's name
+            self._sync()  # never retried: after a failed fsync the next may succeed for a name that was lost
         with self.lock(), self._w:  # rolls back after an exception
             self._w.execute("BEGIN IMMEDIATE")
             for each in batch:
@@ -457,13 +458,13 @@ class Database:
 
     # Documents
 
-    def add_document(self, document_id: str, publish: Callable[[], Document]) -> Future[Document]:
-        """Calls `publish` in a thread, then adds the document that it returns. The result is that document, or the one
-        that its owner uploaded under its key before, and then the new file is listed in `deleted_files`. So is a file
-        without a row after InDoubt, or when nobody waits any more; after other errors the caller removes the file.
-        Raises what `publish` raises, and KeyReused when the document of the key has another content."""
+    def add_document(self, document_id: str, finish: Callable[[], Document]) -> Future[Document]:
+        """Calls `finish` in a thread: it publishes the file and returns the document to be added. The result is that
+        document, or the one that its owner uploaded under its key before; then the new file is listed in
+        `deleted_files`. So is a file without a row after InDoubt, or when nobody waits any more; after other errors
+        the caller removes it. Raises what `finish` raises, and KeyReused when the known document differs."""
         new = Write(document_id=document_id)
-        self._publishers.submit(self._publish, new, publish)
+        self._publishers.submit(self._finish, new, finish)
         return new.future
 
     def _add_document(self, new: Document) -> Document:

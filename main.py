@@ -81,6 +81,7 @@ Model = TypeVar("Model", bound=BaseModel)
 class Settings(BaseModel, frozen=True, populate_by_name=True, alias_generator=lambda name: f"DOCS_{name.upper()}"):
     """Each is read from the environment variable DOCS_ and its name in capitals."""
 
+    # An empty one becomes None, which is not valid; a Path would make it the current folder.
     data_dir: Annotated[Path, BeforeValidator(lambda path: os.path.expanduser(path) or None)] = Path("data")
     jwt_secret: bytes | None = Field(None, min_length=32, repr=False)
     admin_username: str = Field("admin", min_length=1, max_length=128)
@@ -133,7 +134,7 @@ class JsonFormatter(logging.Formatter):
         entry |= {name: value[-160:] if isinstance(value, str) else value for name, value in fields}
         if record.exc_info and (failure := record.exc_info[1]):
             # An exception's text can hold what a client sent, except that of an OSError or sqlite3.Error.
-            text = f": {failure}"[:500] if isinstance(failure, (OSError, sqlite3.Error)) else ""
+            text = f": {failure}"[:200] if isinstance(failure, (OSError, sqlite3.Error)) else ""
             entry["exception"] = type(failure).__name__ + text
             entry["stack"] = "".join(traceback.format_tb(failure.__traceback__, limit=-20))[-2000:]
         return json.dumps(entry, default=str)
@@ -497,7 +498,7 @@ def open_stores(settings: Settings, storage: Storage | None = None) -> tuple[Dat
 
 def secret_file(db: Database, path: Path) -> str:
     """The secret in this file, made when there is none. Of several processes at once, one makes it. To be called before
-    any write of this process: `flock` does not keep out the committer, which shares the descriptor."""
+    any write of this process: see `Database.lock`."""
     with db.lock():
         if not path.exists() or not path.stat().st_size:
             with open(path, "w", opener=private) as file:
@@ -515,7 +516,7 @@ async def committed(future: Future[T], extra_seconds: float = 0) -> T:
         async with asyncio.timeout(WRITE_SECONDS + extra_seconds) as limit:
             return await asyncio.wrap_future(future)
     except TimeoutError:
-        if not limit.expired():  # but the storage's own failure
+        if not limit.expired():  # it is a failure of the storage
             raise
         raise InDoubt("the write took too long") from None
 
@@ -572,7 +573,7 @@ HELD_BY_ONE, HELD_BY_ALL = 2 * 2**20, 24 * 2**20  # bytes of uploads in memory: 
 
 
 async def body_chunks(request: Request, limit: int, seconds: float) -> AsyncIterator[bytes]:
-    """The body as it comes, which may take so many seconds, and be silent for the idle time."""
+    """The body as it comes: all of it within these seconds, and each piece within the idle time."""
     if any(encoding.lower() != "identity" for encoding in request.headers.getlist("content-encoding")):
         raise Problem("unsupported_media_type", "Send the body without a Content-Encoding.")
     if int(request.headers.get("content-length", 0)) > limit:
@@ -785,7 +786,7 @@ class Worker:
         self._db, self._storage, self._pipeline, self._settings = db, storage, pipeline, settings
         self._pool = ThreadPoolExecutor(settings.process_workers, "worker")
         self._run_ids: set[str] = set()
-        self._stop_at = math.inf  # monotonic; no run begins once this is set, and `progress` ends runs after it
+        self._stop_at = math.inf  # by time.monotonic(); when finite, no more runs begin; after it `progress` ends runs
 
     @property
     def stopping(self) -> bool:
@@ -1172,7 +1173,8 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
         log.setLevel(chosen.log_level)
         # An upload takes two descriptors; the usual soft limit of 1,024 would end at 500 of them.
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 65536)), hard))
+        with contextlib.suppress(ValueError, OSError):  # macOS allows less than its hard limit says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 65536)), hard))
         service = Service(chosen, storage, pipeline)
         tasks = [asyncio.create_task(work) for work in (
             follow_server(service), repeat(service.worker.keep_leases, min(1.0, chosen.lease_seconds / 4)),

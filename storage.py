@@ -145,7 +145,7 @@ class Incoming:
         self.held = 0  # bytes of memory
         self._storage = storage
         self._pieces: list[bytes] = []
-        self._head: bytes | None = b""  # None: the content begins as its media type does
+        self._head: bytes | None = b""  # None once the content is known to begin as its media type does
         self._file: BinaryIO | None = None
 
     def feed(self, piece: bytes) -> None:
