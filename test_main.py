@@ -180,7 +180,7 @@ class Server:
     """`uvicorn main:app` on a free port, as a user starts it; stopped at the end of the `with` block."""
 
     def __init__(self, folder: Path, *arguments: str, app: str = "main:app", **environment: str) -> None:
-        if not (folder / "data").exists() and "DOCS_JWT_SECRET" not in environment:
+        if not (folder / "data").exists() and environment.get("DOCS_JWT_SECRET", SECRET) == SECRET:
             add_user(settings_in(folder), "admin")  # whose password is hashed quickly
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
