@@ -190,6 +190,11 @@ class Write:
     error: BaseException | None = None
 
 
+def fail_all(batch: list[Write], error: BaseException) -> None:
+    for each in batch:
+        each.error = error
+
+
 def write(method: Callable[Concatenate["Database", P], T]) -> Callable[Concatenate["Database", P], Future[T]]:
     """Runs the method in a transaction of the committer; its Future is done once the commit is on disk."""
     @functools.wraps(method)
@@ -282,12 +287,8 @@ class Database:
         batch: list[Write] = []
         while not (self._closed and self._queue.empty()):
             batch = self._next_batch(expected=len(batch))
-            ready = [each for each in batch if not each.error]
-            try:
-                self._commit_batch(ready)
-            except BaseException as error:
-                for each in ready:
-                    each.error = error
+            self._sync_files([each for each in batch if each.document_id and not each.error])
+            self._commit_batch([each for each in batch if not each.error])
             for each in batch:
                 self._settle(each)
 
@@ -300,23 +301,27 @@ class Database:
                 time.sleep(0.001)
         return [first, *(self._queue.get() for _ in range(min(self._queue.qsize(), MAX_BATCH - 1)))]
 
+    def _sync_files(self, uploads: list[Write]) -> None:
+        """One sync for all. It is not retried: after a failed fsync the next may succeed for a name that was lost."""
+        try:
+            if uploads:
+                self._sync()
+        except BaseException as error:
+            fail_all(uploads, error)
+
     def _commit_batch(self, batch: list[Write]) -> None:
-        """One sync for all files that were published, then one transaction. What it raises holds for all."""
-        if any(each.document_id for each in batch):
-            self._sync()  # never retried: after a failed fsync the next may succeed for a name that was lost
-        with self.lock(), self._w:  # rolls back after an exception
-            self._w.execute("BEGIN IMMEDIATE")
-            for each in batch:
-                self._apply(each)
-            for document_id in self._abandoned:
-                self._list_deleted_file(document_id)
-            try:
-                self._w.execute("COMMIT")
-            except sqlite3.Error as error:
-                if error.sqlite_errorcode == sqlite3.SQLITE_FULL:  # nothing was committed
-                    raise
-                raise InDoubt(str(error)) from error
-        self._abandoned.clear()
+        """One transaction for all. It also lists the files of uploads that were abandoned before."""
+        try:
+            with self.lock(), self._w:  # rolls back after an exception
+                self._w.execute("BEGIN IMMEDIATE")
+                for each in batch:
+                    self._apply(each)
+                for document_id in self._abandoned:
+                    self._list_deleted_file(document_id)
+                self._commit()
+            self._abandoned.clear()
+        except BaseException as error:
+            fail_all(batch, error)
 
     def _apply(self, each: Write) -> None:
         """Runs the operation. When it breaks, it is undone alone."""
@@ -336,10 +341,18 @@ class Database:
             self._w.execute("ROLLBACK TO operation")
         self._w.execute("RELEASE operation")
 
+    def _commit(self) -> None:
+        try:
+            self._w.execute("COMMIT")
+        except sqlite3.Error as error:
+            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:  # nothing was committed
+                raise
+            raise InDoubt(str(error)) from error
+
     def _settle(self, each: Write) -> None:
         given_up = not each.future.set_running_or_notify_cancel()
-        if each.document_id and each.error and (given_up or isinstance(each.error, InDoubt)):
-            self._abandoned.add(each.document_id)
+        if each.document_id and each.error and (given_up or isinstance(each.error, (OSError, sqlite3.Error))):
+            self._abandoned.add(each.document_id)  # its caller is gone, or is in doubt, or may fail to remove the file
         if given_up:
             return
         if each.error:
