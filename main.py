@@ -513,7 +513,8 @@ async def committed(future: Future[T], extra_seconds: float = 0) -> T:
     """What a write to the database returned, once it is on disk. Raises InDoubt when that takes too long; the write is
     skipped then, unless it was run already."""
     try:
-        return await asyncio.wait_for(asyncio.wrap_future(future), WRITE_SECONDS + extra_seconds)
+        async with asyncio.timeout(WRITE_SECONDS + extra_seconds):
+            return await asyncio.wrap_future(future)
     except TimeoutError:
         if future.cancel():
             raise InDoubt("the write took too long") from None
