@@ -2,9 +2,9 @@
 
 One thread, the committer, owns the one connection that writes, and commits what waits in one transaction (group
 commit): the more writes wait, the fewer fsyncs each pays for. Methods marked `@write` run in the committer and return a
-Future. The file of an upload is published before, by a thread of a pool, since that may take as long as the storage
-likes. All other methods read on the thread of their caller, in a server that of the event loop: there is one connection
-for reading. Readers never wait for writers (WAL).
+Future; so does `add_document`, for which a pool thread publishes the file first, since that may take as long as the
+storage likes. All other methods read on the thread of their caller, in a server that of the event loop: there is
+one connection for reading. Readers never wait for writers (WAL).
 """
 import contextlib
 import fcntl
@@ -275,10 +275,10 @@ class Database:
 
     # The publishers and the committer
 
-    def _finish(self, new: Write, finish: Callable[[], Document]) -> None:
+    def _publish(self, new: Write, publish: Callable[[], Document]) -> None:
         try:
             if not new.future.cancelled():
-                new.operation = functools.partial(self._add_document, finish())
+                new.operation = functools.partial(self._add_document, publish())
         except BaseException as error:  # raised again by the future, where the caller waits
             new.error = error
         self._queue.put(new)
@@ -471,13 +471,13 @@ class Database:
 
     # Documents
 
-    def add_document(self, document_id: str, finish: Callable[[], Document]) -> Future[Document]:
-        """Calls `finish` in a thread: it publishes the file and returns the document to be added. The result is that
+    def add_document(self, document_id: str, publish: Callable[[], Document]) -> Future[Document]:
+        """Calls `publish` in a thread: it publishes the file and returns the document to be added. The result is that
         document, or the one that its owner uploaded under its key before; then the new file is listed in
         `deleted_files`. So is a file without a row after InDoubt, or when nobody waits any more; after other errors
-        the caller removes it. Raises what `finish` raises, and KeyReused when the known document differs."""
+        the caller removes it. Raises what `publish` raises, and KeyReused when the known document differs."""
         new = Write(document_id=document_id)
-        self._publishers.submit(self._finish, new, finish)
+        self._publishers.submit(self._publish, new, publish)
         return new.future
 
     def _add_document(self, new: Document) -> Document:

@@ -410,7 +410,7 @@ class Exchange:
             self.unread = self.unread and self.status != 408  # who was too slow is not waited for again
             MutableHeaders(raw=message["headers"]).setdefault("Cache-Control", "no-store")
             message["headers"] += [(b"x-request-id", self._request_id.encode()), *SECURITY_HEADERS]
-            if self.unread:  # If uvicorn has answered a malformed body itself, it learns so in this turn of the loop.
+            if self.unread:  # uvicorn may have answered a malformed body; after a turn of the loop it drops our answer
                 await asyncio.sleep(0)
         elif self.unread and not message.get("more_body", False):
             await self._send({**message, "more_body": True})
@@ -518,7 +518,7 @@ async def committed(future: Future[T], extra_seconds: float = 0) -> T:
     except TimeoutError:
         if future.cancel():
             raise InDoubt("the write took too long") from None
-        return future.result()  # it has just ended, or it is the storage's own failure
+        return future.result()  # it is done, perhaps with a TimeoutError of the storage
 
 
 def service_of(request: Request) -> Service:
@@ -569,7 +569,7 @@ OwnDocument = Annotated[Document, Depends(DocumentOfCaller())]
 SMALL_BODY = 65536  # bytes: also what a multipart body may have around its file
 UPLOAD_SECONDS = 3600.0
 SLOWEST_STORAGE = 100_000  # bytes a second
-HELD_BY_ONE, HELD_BY_ALL = 2 * 2**20, 24 * 2**20  # bytes of uploads in memory: of each, and of all together
+HELD_BY_ONE, HELD_BY_ALL = 2 * 2**20, 24 * 2**20  # bytes: the most that one upload holds, and what all share
 
 
 async def body_chunks(request: Request, limit: int, seconds: float) -> AsyncIterator[bytes]:
@@ -600,7 +600,7 @@ async def read_fields(request: Request, model: type[Model]) -> Model:
     media_type, _ = parse_options_header(request.headers.get("content-type"))
     if media_type not in (b"application/json", b"application/x-www-form-urlencoded"):
         raise Problem("unsupported_media_type", "Send application/json or application/x-www-form-urlencoded.")
-    idle_seconds = service_of(request).settings.upload_idle_seconds
+    idle_seconds = service_of(request).settings.upload_idle_seconds  # here the limit of the whole body
     body = b"".join([chunk async for chunk in body_chunks(request, SMALL_BODY, idle_seconds)])
     try:
         if media_type == b"application/json":
@@ -718,14 +718,14 @@ async def receive_file(request: Request, incoming: Incoming) -> str:
 
 async def store(service: Service, incoming: Incoming, filename: str, owner: User, key: str | None) -> Document:
     """Publishes the file and adds its row: the document, or the one that was uploaded under the key before."""
-    def finish() -> Document:
+    def published_document() -> Document:
         incoming.finish()
         now = utc_now()
         return Document(
             incoming.key, owner.user_id, filename, incoming.media_type, incoming.size, incoming.sha256.hexdigest(),
             Status.UPLOADED, now, now, idempotency_key=key)
 
-    added = service.db.add_document(incoming.key, finish)
+    added = service.db.add_document(incoming.key, published_document)
     return await committed(added, extra_seconds=incoming.size / SLOWEST_STORAGE)
 
 
@@ -831,7 +831,7 @@ class Worker:
             except RunLost:
                 pass  # the document was deleted or taken over, or the grace of a shutdown is over
             except Exception as failure:  # a run that can't be read or written now is tried again after the lease
-                log_event("storage_error", logging.ERROR, failure=failure)
+                log_event("background_error", logging.ERROR, failure=failure)
                 return
             finally:
                 request_id_of_context.set(None)
@@ -1105,8 +1105,8 @@ async def login(request: Request) -> Tokens:
 @router.post("/auth/refresh", tags=["auth"], summary="Exchange a refresh token for new tokens",
              openapi_extra=form_or_json(RefreshToken))
 async def refresh(request: Request) -> Tokens:
-    """Replaces the refresh token. The old one gives the same successor for 10 seconds more; its use after that ends the
-    session (RFC 9700, 4.14.2). Error: `invalid_grant`."""
+    """Replaces the refresh token. The old one gives the same successor for 10 seconds more, unless that was used;
+    after that its use ends the session (RFC 9700, 4.14.2). Error: `invalid_grant`."""
     service, sent, session = service_of(request), await read_fields(request, RefreshToken), None
     try:
         used = service.signer.verify(auth.REFRESH, sent.refresh_token)
@@ -1206,7 +1206,7 @@ async def repeat(action: Callable[[], Awaitable[None]], seconds: float) -> None:
         try:
             await action()
         except Exception as failure:  # the next round may get over it
-            log_event("storage_error", logging.ERROR, failure=failure)
+            log_event("background_error", logging.ERROR, failure=failure)
         await asyncio.sleep(seconds)
 
 

@@ -1048,7 +1048,8 @@ def test_a_body_that_dribbles_gets_408(client: httpx.Client, monkeypatch: Patch,
         while not select.select([connection], [], [], 0.1)[0]:
             connection.sendall(b"x")  # for ten seconds, if it may
         status, headers, body = answer_on(connection)
-        assert connection.recv(1) == b""
+        with contextlib.suppress(ConnectionResetError):  # for what was sent meanwhile
+            assert connection.recv(1) == b""
     assert (status, body["code"], headers["Connection"]) == (408, "upload_timeout", "close")
 
 
@@ -1740,8 +1741,7 @@ def test_a_write_that_breaks_is_undone_alone(tmp_path: Path) -> None:
         db.check_writable()  # waits for the lock; then the others share a transaction
         broken, good = db.forget_files(["a", cast(str, object())]), db.set_user("bob", "hash")
         fcntl.flock(lock, fcntl.LOCK_UN)
-        with pytest.raises(sqlite3.Error, match="type 'object' is not supported"):
-            broken.result()
+        assert "type 'object' is not supported" in str(broken.exception())
         assert good.result() is None and db.user("bob") and db.deleted_files() == ["a"]
 
 
