@@ -216,7 +216,7 @@ class Database:
         self._sync = sync
         self._queue: SimpleQueue[Write] = SimpleQueue()
         self._closed = False
-        self._abandoned: set[str] = set()  # uploads that may have left a file without a row
+        self._failed_uploads: set[str] = set()  # which may have left a file without a row
         self._lock_file = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
         with self.lock():
             self._check_not_lost(path, keys)
@@ -310,24 +310,23 @@ class Database:
             fail_all(uploads, error)
 
     def _commit_batch(self, batch: list[Write]) -> None:
-        """One transaction for all. It also lists the files of uploads that were abandoned before."""
+        """One transaction for all. It also lists the files of uploads that failed before it."""
         try:
             with self.lock(), self._w:  # rolls back after an exception
                 self._w.execute("BEGIN IMMEDIATE")
                 for each in batch:
                     self._apply(each)
-                for document_id in self._abandoned:
+                for document_id in self._failed_uploads:
                     self._list_deleted_file(document_id)
                 self._commit()
-            self._abandoned.clear()
+            self._failed_uploads.clear()
         except BaseException as error:
             fail_all(batch, error)
 
     def _apply(self, each: Write) -> None:
         """Runs the operation. When it breaks, it is undone alone."""
         if each.future.cancelled():
-            if each.document_id:
-                self._list_deleted_file(each.document_id)
+            each.error = InDoubt("nobody waits for it")
             return
         self._w.execute("SAVEPOINT operation")
         try:
@@ -350,11 +349,10 @@ class Database:
             raise InDoubt(str(error)) from error
 
     def _settle(self, each: Write) -> None:
-        given_up = not each.future.set_running_or_notify_cancel()
-        if each.document_id and each.error and (given_up or isinstance(each.error, (OSError, sqlite3.Error))):
-            self._abandoned.add(each.document_id)  # its caller is gone, or is in doubt, or may fail to remove the file
-        if given_up:
-            return
+        if each.document_id and each.error:
+            self._failed_uploads.add(each.document_id)
+        if not each.future.set_running_or_notify_cancel():
+            return  # nobody waits for it
         if each.error:
             each.future.set_exception(each.error)
         else:
@@ -473,9 +471,8 @@ class Database:
 
     def add_document(self, document_id: str, publish: Callable[[], Document]) -> Future[Document]:
         """Calls `publish` in a thread: it publishes the file and returns the document to be added. The result is that
-        document, or the one that its owner uploaded under its key before; then the new file is listed in
-        `deleted_files`. So is a file without a row after InDoubt, or when nobody waits any more; after other errors
-        the caller removes it. Raises what `publish` raises, and KeyReused when the known document differs."""
+        document, or the one that its owner uploaded under its key before. The file of an upload that adds no row is
+        listed in `deleted_files`. Raises what `publish` raises, and KeyReused when the known document differs."""
         new = Write(document_id=document_id)
         self._publishers.submit(self._publish, new, publish)
         return new.future

@@ -475,11 +475,10 @@ class Service:
             for document_id in self.db.deleted_files(1000):
                 await run_in_threadpool(self.storage.delete, document_id)
                 removed.append(document_id)
-        except Exception as failure:
-            log_event("storage_error", logging.ERROR, failure=failure)
-        if removed:
-            await run_in_threadpool(self.storage.sync)
-            await committed(self.db.forget_files(removed))
+        finally:
+            if removed:
+                await run_in_threadpool(self.storage.sync)
+                await committed(self.db.forget_files(removed))
 
 
 def open_stores(settings: Settings, storage: Storage | None = None) -> tuple[Database, Storage]:
@@ -906,7 +905,7 @@ async def upload(request: Request) -> Response:
     try:
         filename = await receive_file(request, incoming)
         document = await store(service, incoming, filename, user, idempotency_key)
-    except InDoubt:  # the database adds the document or lists its file in `deleted_files`
+    except InDoubt:  # the document may be there; if not, the database lists its file in `deleted_files`
         raise
     except Exception:
         await run_in_threadpool(incoming.discard)
