@@ -766,14 +766,6 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
     }
 
 
-def wait_for_commit(future: Future[T]) -> T:
-    """As `committed`, but for threads. Raises TimeoutError when the write takes too long."""
-    try:
-        return future.result(WRITE_SECONDS)
-    finally:
-        future.cancel()
-
-
 class Worker:
     """Runs queued documents in a thread pool.
 
@@ -823,7 +815,7 @@ class Worker:
             run_id = uuid.uuid4().hex
             self._run_ids.add(run_id)
             try:
-                document = wait_for_commit(self._db.claim(run_id))
+                document = self._db.claim(run_id).result(WRITE_SECONDS)
                 if document is None:
                     return
                 self._run(run_id, document)
@@ -843,10 +835,11 @@ class Worker:
         try:
             result = self._call_pipeline(run_id, document)
         except ProcessingFailed as failure:
-            wait_for_commit(self._db.fail(run_id, document_id, failure.code, failure.message, failure.retryable))
+            failed = self._db.fail(run_id, document_id, failure.code, failure.message, failure.retryable)
+            failed.result(WRITE_SECONDS)
             log_run("process_failed", document, start, failure=failure.__cause__, error=failure.code)
         else:
-            wait_for_commit(self._db.complete(run_id, document_id, result))
+            self._db.complete(run_id, document_id, result).result(WRITE_SECONDS)
             log_run("process_completed", document, start)
 
     def _call_pipeline(self, run_id: str, document: Document) -> str:
@@ -856,7 +849,7 @@ class Worker:
                 raise RunLost
             percent = max(0, min(int(percent), 99))
             try:
-                wait_for_commit(self._db.progress(run_id, document.document_id, percent, message))
+                self._db.progress(run_id, document.document_id, percent, message).result(WRITE_SECONDS)
             except (sqlite3.Error, OSError) as failure:  # no fault of the pipeline, and no harm
                 log_event("storage_error", logging.ERROR, failure=failure)
 
