@@ -813,9 +813,10 @@ class Worker:
         """Claims documents and runs them, one after the other, until none waits."""
         while not self.stopping:
             run_id = uuid.uuid4().hex
+            claim = self._db.claim(run_id)
             self._run_ids.add(run_id)
             try:
-                document = self._db.claim(run_id).result(WRITE_SECONDS)
+                document = claim.result(WRITE_SECONDS)
                 if document is None:
                     return
                 self._run(run_id, document)
@@ -825,8 +826,9 @@ class Worker:
                 log_event("background_error", logging.ERROR, failure=failure)
                 return
             finally:
-                request_id_of_context.set(None)
+                claim.cancel()  # one that took too long: nobody would work for it
                 self._run_ids.discard(run_id)
+                request_id_of_context.set(None)
 
     def _run(self, run_id: str, document: Document) -> None:
         document_id, start = document.document_id, time.monotonic()
