@@ -275,10 +275,10 @@ class Database:
 
     # The publishers and the committer
 
-    def _publish(self, new: Write, publish: Callable[[], Document]) -> None:
+    def _finish(self, new: Write, finish: Callable[[], Document]) -> None:
         try:
             if not new.future.cancelled():
-                new.operation = functools.partial(self._add_document, publish())
+                new.operation = functools.partial(self._add_document, finish())
         except BaseException as error:  # raised again by the future, where the caller waits
             new.error = error
         self._queue.put(new)
@@ -326,7 +326,7 @@ class Database:
     def _apply(self, each: Write) -> None:
         """Runs the operation. When it breaks, it is undone alone."""
         if each.future.cancelled():
-            each.error = InDoubt("nobody waits for it")
+            each.error = InDoubt("the caller has given up")
             return
         self._w.execute("SAVEPOINT operation")
         try:
@@ -352,7 +352,7 @@ class Database:
         if each.document_id and each.error:
             self._failed_uploads.add(each.document_id)
         if not each.future.set_running_or_notify_cancel():
-            return  # nobody waits for it
+            return  # the caller has given up
         if each.error:
             each.future.set_exception(each.error)
         else:
@@ -469,12 +469,12 @@ class Database:
 
     # Documents
 
-    def add_document(self, document_id: str, publish: Callable[[], Document]) -> Future[Document]:
-        """Calls `publish` in a thread: it publishes the file and returns the document to be added. The result is that
+    def add_document(self, document_id: str, finish: Callable[[], Document]) -> Future[Document]:
+        """Calls `finish` in a publisher: it publishes the file and returns the document to be added. The result is that
         document, or the one that its owner uploaded under its key before. The file of an upload that adds no row is
-        listed in `deleted_files`. Raises what `publish` raises, and KeyReused when the known document differs."""
+        listed in `deleted_files`. Raises what `finish` raises, and KeyReused when the known document differs."""
         new = Write(document_id=document_id)
-        self._publishers.submit(self._publish, new, publish)
+        self._publishers.submit(self._finish, new, finish)
         return new.future
 
     def _add_document(self, new: Document) -> Document:
@@ -520,8 +520,8 @@ class Database:
             "DELETE FROM documents WHERE document_id = ? AND owner_id = ?", (document_id, owner_id)).rowcount == 1
 
     def deleted_files(self, limit: int = -1) -> list[str]:
-        """Ids of documents whose files are to be removed: all, or any few, so that a file that can't be removed does
-        not hold up others."""
+        """Ids of documents whose files are to be removed: all, or a random choice, so that a file that can't be
+        removed does not hold up others."""
         rows = self._r.execute(
             "SELECT document_id FROM (SELECT document_id FROM deleted_files LIMIT 10 * ?1) ORDER BY random() LIMIT ?1",
             (limit,))
@@ -582,7 +582,7 @@ class Database:
         return Document(*row)
 
     @write
-    def progress(self, run_id: str, document_id: str, percent: int, message: str) -> None:
+    def record_progress(self, run_id: str, document_id: str, percent: int, message: str) -> None:
         self._update_run(run_id, document_id, "progress = ?, message = ?", percent, message)
 
     @write
@@ -607,7 +607,7 @@ class Database:
             raise RunLost
 
     @write
-    def keep_leases(self, run_ids: Sequence[str], lease: float, max_attempts: int) -> tuple[list[Document], bool]:
+    def renew_leases(self, run_ids: Sequence[str], lease: float, max_attempts: int) -> tuple[list[Document], bool]:
         """Records a sign of life for these runs. Runs whose last sign is older than the lease (or of the
         future, where a clock was set back) go back to the queue, or FAILED after the last attempt. The documents of
         those runs, and whether any document waits."""

@@ -376,7 +376,8 @@ class RequestMiddleware:
             exchange.status = 499  # nobody is left to answer; what nginx logs
         except (Exception, asyncio.CancelledError) as failure:
             response = await answer_problem(request, failure)
-            exchange.unread = exchange.unread and isinstance(failure, Exception)  # a cancelled request ends at once
+            if isinstance(failure, asyncio.CancelledError):
+                exchange.must_drain = False  # the exit does not wait
             if exchange.status:  # the answer has begun; uvicorn cuts it off
                 raise
             await response(scope, exchange.receive, exchange.send)
@@ -397,25 +398,26 @@ class Exchange:
     def __init__(self, request: Request, receive: Receive, send: Send, request_id: str) -> None:
         self._receive, self._send, self._request_id, headers = receive, send, request_id, request.headers
         self.status = 0  # of the answer, once that has begun
-        self.unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+        self.must_drain = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
     async def receive(self) -> Message:
         message = await self._receive()
-        self.unread = message.get("more_body", False)
+        self.must_drain = message.get("more_body", False)
         return message
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            self.unread = self.unread and self.status != 408  # who was too slow is not waited for again
+            if self.status == 408:
+                self.must_drain = False  # who was too slow is not waited for again
             MutableHeaders(raw=message["headers"]).setdefault("Cache-Control", "no-store")
             message["headers"] += [(b"x-request-id", self._request_id.encode()), *SECURITY_HEADERS]
-            if self.unread:  # uvicorn may have answered a malformed body; after a turn of the loop it drops our answer
+            if self.must_drain:  # uvicorn may have answered a malformed body; after a turn of the loop it drops ours
                 await asyncio.sleep(0)
-        elif self.unread and not message.get("more_body", False):
+        elif self.must_drain and not message.get("more_body", False):
             await self._send({**message, "more_body": True})
             await self._drain()
-            if self.unread:  # uvicorn closes the connection of an answer without an end
+            if self.must_drain:  # uvicorn closes the connection of an answer without an end
                 return
             message = {"type": "http.response.body"}
         await self._send(message)
@@ -424,7 +426,7 @@ class Exchange:
         drained = 0
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_SECONDS):
-                while self.unread and drained < DRAIN_BYTES:
+                while self.must_drain and drained < DRAIN_BYTES:
                     drained += len((await self.receive()).get("body", b""))
 
 
@@ -543,7 +545,7 @@ class SessionBearer(OAuth2PasswordBearer):
         return user
 
 
-def found(row: T | None) -> T:
+def or_404(row: T | None) -> T:
     if row is None:
         raise Problem("not_found")
     return row
@@ -555,7 +557,7 @@ class DocumentOfCaller(SessionBearer):
 
     async def __call__(self, document_id: uuid.UUID, request: Request) -> Document:  # type: ignore[override]
         user = await super().__call__(request)
-        return found(service_of(request).db.document(str(document_id), user.user_id))
+        return or_404(service_of(request).db.document(str(document_id), user.user_id))
 
 
 signed_in = SessionBearer()
@@ -716,15 +718,15 @@ async def receive_file(request: Request, incoming: Incoming) -> str:
 
 
 async def store(service: Service, incoming: Incoming, filename: str, owner: User, key: str | None) -> Document:
-    """Publishes the file and adds its row: the document, or the one that was uploaded under the key before."""
-    def published_document() -> Document:
+    """Finishes the file and adds its row: the document, or the one that was uploaded under the key before."""
+    def finish() -> Document:
         incoming.finish()
         now = utc_now()
         return Document(
             incoming.key, owner.user_id, filename, incoming.media_type, incoming.size, incoming.sha256.hexdigest(),
             Status.UPLOADED, now, now, idempotency_key=key)
 
-    added = service.db.add_document(incoming.key, published_document)
+    added = service.db.add_document(incoming.key, finish)
     return await committed(added, extra_seconds=incoming.size / SLOWEST_STORAGE)
 
 
@@ -776,8 +778,8 @@ class Worker:
     def __init__(self, db: Database, storage: Storage, pipeline: Pipeline, settings: Settings) -> None:
         self._db, self._storage, self._pipeline, self._settings = db, storage, pipeline, settings
         self._pool = ThreadPoolExecutor(settings.process_workers, "worker")
-        self._run_ids: set[str] = set()
-        self._stop_at = math.inf  # by time.monotonic(); when finite, no more runs begin; after it `progress` ends runs
+        self._run_ids: set[str] = set()  # of runs, and of claims under way
+        self._stop_at = math.inf  # by time.monotonic(); from `stop` on it is finite, and after it `progress` ends runs
 
     @property
     def stopping(self) -> bool:
@@ -801,7 +803,7 @@ class Worker:
 
     async def keep_leases(self) -> None:
         """Gives a sign of life for the runs of this process, and takes over runs whose process gives none."""
-        lost, waiting = await committed(self._db.keep_leases(
+        lost, waiting = await committed(self._db.renew_leases(
             list(self._run_ids), self._settings.lease_seconds, self._settings.max_attempts))
         for document in lost:
             event = "process_failed" if document.status == Status.FAILED else "process_requeued"
@@ -851,7 +853,7 @@ class Worker:
                 raise RunLost
             percent = max(0, min(int(percent), 99))
             try:
-                self._db.progress(run_id, document.document_id, percent, message).result(WRITE_SECONDS)
+                self._db.record_progress(run_id, document.document_id, percent, message).result(WRITE_SECONDS)
             except (sqlite3.Error, OSError) as failure:  # no fault of the pipeline, and no harm
                 log_event("storage_error", logging.ERROR, failure=failure)
 
@@ -961,7 +963,7 @@ async def process(document_id: uuid.UUID, request: Request, response: Response, 
     """Idempotent: however many calls come, an UPLOADED or FAILED document gets one run. Errors: `not_found`,
     `queue_full`."""
     service, request_id = service_of(request), request_id_of_context.get() or ""
-    document = found(await committed(service.db.enqueue(
+    document = or_404(await committed(service.db.enqueue(
         str(document_id), user.user_id, request_id, service.settings.max_queue)))
     if document.status == Status.COMPLETED:
         response.status_code = 200
@@ -979,7 +981,7 @@ async def get_status(document: OwnDocument, request: Request, response: Response
     service, end = service_of(request), time.monotonic() + wait
     while document.status == Status.PROCESSING and time.monotonic() < end and not service.worker.stopping:
         await asyncio.sleep(0.1)
-        document = found(service.db.document(document.document_id, document.owner_id))
+        document = or_404(service.db.document(document.document_id, document.owner_id))
     if document.status == Status.PROCESSING:
         response.headers.update(SOON)
     return document
@@ -994,7 +996,7 @@ async def get_result(document: OwnDocument, request: Request) -> dict[str, Any]:
         code = {"UPLOADED": "not_processed", "PROCESSING": "still_processing", "FAILED": "processing_failed"}[
             document.status]
         raise Problem(code, **({"error": json.loads(document.error)} if document.error else {}))
-    result = found(service_of(request).db.result(document.document_id))  # else it was deleted a moment ago
+    result = or_404(service_of(request).db.result(document.document_id))  # else it was deleted a moment ago
     return {"document_id": document.document_id, "status": document.status, "completed_at": document.finished_at,
             "result": result}
 
