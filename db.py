@@ -219,31 +219,33 @@ class Database:
         self._failed_uploads: set[str] = set()  # which may have left a file without a row
         self._lock_file = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
         with self.lock():
-            self._check_not_lost(path, keys)
+            version = self._usable_version(path, keys)
             path.touch(0o600)  # SQLite gives its other files the same mode
             self._w, self._r = (sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
                                 for _ in range(2))
-            self._migrate(path, keys)
+            self._migrate(version)
         self._publishers = ThreadPoolExecutor(publishers, "publisher")
         self._committer = threading.Thread(target=self._commit_forever, name="committer", daemon=True)
         self._committer.start()
 
     @staticmethod
-    def _check_not_lost(path: Path, keys: Callable[[], Iterator[str]]) -> None:
-        """Before the file is opened, since SQLite removes a write-ahead log that it finds beside an empty file."""
-        wal = path.with_name(path.name + "-wal")
-        missing = not path.exists() or not path.stat().st_size
-        if missing and (next(keys(), None) or (wal.exists() and wal.stat().st_size)):
-            raise UnusableDatabase(f"there are stored files, but {path} is missing: was it lost?")
-
-    def _migrate(self, path: Path, keys: Callable[[], Iterator[str]]) -> None:
-        """Makes or changes the tables; changes nothing in a file that is not ours."""
-        (version,) = self._w.execute("PRAGMA user_version").fetchone()
-        (tables,) = self._w.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-        if version > len(MIGRATIONS) or (tables and not version):
+    def _usable_version(path: Path, keys: Callable[[], Iterator[str]]) -> int:
+        """How many of MIGRATIONS have run. Raises UnusableDatabase, and changes nothing, when the file is not ours, or
+        was lost while there are stored files."""
+        wal, version, tables = path.with_name(path.name + "-wal"), 0, set[str]()
+        if path.exists() and path.stat().st_size:
+            with contextlib.closing(sqlite3.connect(path)) as connection:
+                (version,) = connection.execute("PRAGMA user_version").fetchone()
+                tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_schema")}
+        elif wal.exists() and wal.stat().st_size:  # SQLite would remove it
+            raise UnusableDatabase(f"there is a write-ahead log, but {path} is missing: was it lost?")
+        if version > len(MIGRATIONS) or (tables and not (version and "sessions" in tables)):
             raise UnusableDatabase(f"{path} belongs to another program or to a later version of this one")
         if not tables and next(keys(), None):
-            raise UnusableDatabase(f"there are stored files, but {path} has no tables: was it lost?")
+            raise UnusableDatabase(f"there are stored files, but {path} is missing or has no tables: was it lost?")
+        return version
+
+    def _migrate(self, version: int) -> None:
         for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "temp_store = MEMORY"):
             self._w.execute(f"PRAGMA {pragma}")
         if version < len(MIGRATIONS):
@@ -523,8 +525,8 @@ class Database:
         """Ids of documents whose files are to be removed: all, or a random choice, so that a file that can't be
         removed does not hold up others."""
         rows = self._r.execute(
-            "SELECT document_id FROM (SELECT document_id FROM deleted_files LIMIT 10 * ?1) ORDER BY random() LIMIT ?1",
-            (limit,))
+            "SELECT document_id FROM (SELECT document_id FROM deleted_files LIMIT 10 * :limit)"
+            " ORDER BY random() LIMIT :limit", {"limit": limit})
         return [document_id for (document_id,) in rows]
 
     @write
@@ -534,8 +536,8 @@ class Database:
     def _list_deleted_file(self, document_id: str) -> None:
         """Lists the file of this document for removal, unless the document is there."""
         self._w.execute(
-            "INSERT OR IGNORE INTO deleted_files SELECT ?1 WHERE NOT EXISTS"
-            " (SELECT 1 FROM documents WHERE document_id = ?1)", (document_id,))
+            "INSERT OR IGNORE INTO deleted_files SELECT :id WHERE NOT EXISTS"
+            " (SELECT 1 FROM documents WHERE document_id = :id)", {"id": document_id})
 
     def result(self, document_id: str) -> str | None:
         """What the pipeline returned, as JSON; None when the document is not COMPLETED or has just been deleted."""
@@ -608,9 +610,9 @@ class Database:
 
     @write
     def renew_leases(self, run_ids: Sequence[str], lease: float, max_attempts: int) -> tuple[list[Document], bool]:
-        """Records a sign of life for these runs. Runs whose last sign is older than the lease (or of the
-        future, where a clock was set back) go back to the queue, or FAILED after the last attempt. The documents of
-        those runs, and whether any document waits."""
+        """Records a sign of life for these runs. Runs whose last sign is older than the lease go back to the queue, or
+        FAILED after the last attempt. Where a clock was set back, signs and queue times of the future are void. The
+        documents of those runs, and whether any document waits."""
         now, running = time.time(), "status = 'PROCESSING' AND run_id IS NOT NULL"
         self._w.execute(
             f"UPDATE documents SET beat_at = ? WHERE {running} AND run_id IN (SELECT value FROM json_each(?))",
@@ -626,6 +628,9 @@ class Database:
             "UPDATE documents SET run_id = NULL, progress = 0, started_at = NULL, message = 'waiting for a worker',"
             f" updated_at = :stamp WHERE {lost} RETURNING {COLUMNS}", values)
         documents = [Document(*row) for rows in (failed, requeued) for row in rows]
+        self._w.execute(
+            "UPDATE documents SET queued_at = :stamp WHERE status = 'PROCESSING' AND run_id IS NULL"
+            " AND queued_at > :stamp", values)
         (waiting,) = self._w.execute(
             "SELECT EXISTS (SELECT 1 FROM documents WHERE status = 'PROCESSING' AND run_id IS NULL)").fetchone()
         return documents, bool(waiting)

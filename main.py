@@ -18,6 +18,7 @@ This is the only module that knows HTTP, the environment and the log.
 import argparse
 import asyncio
 import contextlib
+import encodings.aliases
 import errno
 import functools
 import getpass
@@ -26,6 +27,7 @@ import logging
 import logging.config
 import math
 import os
+import pkgutil
 import random
 import re
 import resource
@@ -358,6 +360,8 @@ class RequestMiddleware:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
+        # The system's would be a call, at which another thread takes the GIL: a tenth of the time of a small upload.
+        self.random = random.Random()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -365,7 +369,7 @@ class RequestMiddleware:
         start, request = time.perf_counter(), Request(scope)
         request_id = request.headers.get("x-request-id", "")
         if not REQUEST_ID.fullmatch(request_id):
-            request_id = new_uuid()
+            request_id = f"{self.random.getrandbits(128):032x}"
         request_id_of_context.set(request_id)
         exchange = Exchange(request, receive, send, request_id)
         # uvicorn leaves out the body of an answer to HEAD by itself.
@@ -382,9 +386,10 @@ class RequestMiddleware:
                 raise
             await response(scope, exchange.receive, exchange.send)
         finally:
-            log_event("request", method=request.method, path=scope["path"].removeprefix(path_prefix(request)),
-                      status=exchange.status, duration_ms=round(1000 * (time.perf_counter() - start), 3),
-                      client=client_address(request), user=scope.get("state", {}).get("username"))
+            log_event("request", method=request.method, status=exchange.status,
+                      path=scope["path"].removeprefix(path_prefix(request)).partition("?")[0],  # of a quoted query too
+                      duration_ms=round(1000 * (time.perf_counter() - start), 3), client=client_address(request),
+                      user=scope.get("state", {}).get("username"))
 
 
 class Exchange:
@@ -428,12 +433,6 @@ class Exchange:
             async with asyncio.timeout(DRAIN_SECONDS):
                 while self.must_drain and drained < DRAIN_BYTES:
                     drained += len((await self.receive()).get("body", b""))
-
-
-def new_uuid() -> str:
-    """A random UUID that is no secret. `uuid.uuid4` makes a system call, with which another thread takes the GIL: that
-    costs a small upload a tenth of its processor time."""
-    return str(uuid.UUID(int=random.getrandbits(128), version=4))
 
 
 def client_address(request: Request) -> str:
@@ -485,16 +484,16 @@ class Service:
 
 def open_stores(settings: Settings, storage: Storage | None = None) -> tuple[Database, Storage]:
     """The database, and the storage of the documents' files: the one given, or the folder `files`."""
-    folder = settings.data_dir
+    folder = settings.data_dir.absolute()  # a pipeline may change the current folder
     try:
         for each in reversed([folder, *folder.parents]):
             if not each.exists():
                 each.mkdir(mode=0o700, exist_ok=True)
                 fsync_folder(each.parent)
         files = storage or LocalStorage(folder / "files")
+        return Database(folder / "documents.db", files.sync, files.keys, files.parallel), files
     except OSError as error:
         raise ValueError(f"DOCS_DATA_DIR: should be a folder that can be used ({error.strerror})") from error
-    return Database(folder / "documents.db", files.sync, files.keys, files.parallel), files
 
 
 def secret_file(db: Database, path: Path) -> str:
@@ -502,6 +501,7 @@ def secret_file(db: Database, path: Path) -> str:
     any write of this process: see `Database.lock`."""
     with db.lock():
         if not path.exists() or not path.stat().st_size:
+            path.unlink(missing_ok=True)  # an empty file may be open to others
             with open(path, "w", opener=private) as file:
                 file.write(secrets.token_urlsafe(32))
                 file.flush()
@@ -517,9 +517,7 @@ async def committed(future: Future[T], extra_seconds: float = 0) -> T:
         async with asyncio.timeout(WRITE_SECONDS + extra_seconds):
             return await asyncio.wrap_future(future)
     except TimeoutError:
-        if future.cancel():
-            raise InDoubt("the write took too long") from None
-        return future.result()  # it is done, perhaps with a TimeoutError of the storage
+        raise InDoubt("the write took too long") from None
 
 
 def service_of(request: Request) -> Service:
@@ -611,7 +609,8 @@ async def read_fields(request: Request, model: type[Model]) -> Model:
             raise invalid("A field occurs more than once.", "body")
         return model.model_validate(dict(pairs))
     except ValidationError as failure:
-        raise RequestValidationError(failure.errors()) from None
+        errors = [{**error, "loc": ("body", *error["loc"])} for error in failure.errors()]
+        raise RequestValidationError(errors) from None
 
 
 class MultipartFile:
@@ -678,16 +677,26 @@ class MultipartFile:
             self._incoming.feed(data[start:end])
 
 
+CHARSETS = {module.name for module in pkgutil.iter_modules(encodings.__path__)} | set(encodings.aliases.aliases)
+
+
+def decoded(content: bytes, charset: str) -> str:
+    """Raises LookupError for a charset that Python does not know; `bytes.decode` would keep its name for ever."""
+    if charset.lower().replace("-", "_") not in CHARSETS:
+        raise LookupError(charset)
+    return content.decode(charset)
+
+
 def decoded_filename(options: Mapping[bytes, bytes]) -> str:
     """`filename*` (RFC 8187), or `filename`: one encoded word (RFC 2047) or UTF-8. What can't be decoded stays."""
     plain = options.get(b"filename", b"")[-4096:].decode(errors="replace")
     extended = options.get(b"filename_", b"")[-4096:].split(b"'")
     with contextlib.suppress(ValueError, LookupError, HeaderParseError):
         if len(extended) == 3:
-            return unquote_to_bytes(extended[2]).decode(extended[0].decode())
+            return decoded(unquote_to_bytes(extended[2]), extended[0].decode())
         if re.fullmatch(r"=\?[^?\s]+\?[BbQq]\?[^?\s]*\?=", plain):
             content, charset = cast(tuple[bytes, str], decode_header(plain)[0])
-            return content.decode(charset)
+            return decoded(content, charset)
     return plain
 
 
@@ -897,7 +906,7 @@ async def upload(request: Request) -> Response:
     idempotency_key = request.headers.get("idempotency-key")
     if idempotency_key is not None and not re.fullmatch(IDEMPOTENCY_KEY, idempotency_key):
         raise invalid("Use 1 to 128 visible ASCII characters.", "header", "Idempotency-Key")
-    incoming = Incoming(service.storage, new_uuid())
+    incoming = Incoming(service.storage, str(uuid.uuid4()))
     service.open_uploads += 1
     try:
         filename = await receive_file(request, incoming)
@@ -1083,7 +1092,8 @@ async def login(request: Request) -> Tokens:
             if await request.is_disconnected():
                 raise ClientDisconnect
             service.db.check_throttle(name_hash, key)
-            right = await run_in_threadpool(auth.verify_password, sent.password, user.password_hash if user else None)
+            right = await asyncio.to_thread(  # not in the threads that may all wait for the storage
+                auth.verify_password, sent.password, user.password_hash if user else None)
             session = await committed(service.db.log_in(user if right else None, name_hash, key))
     except Throttled:
         log_event("login_throttled", logging.WARNING, user=name, client=client)
@@ -1177,9 +1187,6 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
             repeat(service.remove_deleted_files, 0.5))]
         try:
             yield {"service": service}
-        except asyncio.CancelledError:  # at a second Ctrl-C uvicorn leaves out the end of the lifespan
-            service.worker.stop(0)
-            raise
         finally:
             await shut_down(service, tasks)
 
@@ -1260,16 +1267,17 @@ def main(storage: Storage | None = None) -> int:
     try:
         settings = Settings.from_environment(os.environ)
         folder = settings.data_dir.absolute()
-        if chosen.command != "add-user" and not (folder / "documents.db").exists():
+        if chosen.command == "add-user":
+            password = read_password()
+            if not (1 <= len(chosen.name) <= 128 and 8 <= len(password) <= 1024):
+                raise ValueError("a name has 1 to 128 characters, a password 8 to 1,024")
+        elif not (folder / "documents.db").exists():
             raise ValueError(f"there is no database in {folder}")
         db, files = open_stores(settings, storage)
         with contextlib.closing(db):
             if chosen.command == "check":
                 return check_files(db, files, folder)
             if chosen.command == "add-user":
-                password = read_password()
-                if not (1 <= len(chosen.name) <= 128 and 8 <= len(password) <= 1024):
-                    raise ValueError("a name has 1 to 128 characters, a password 8 to 1,024")
                 db.set_user(chosen.name, auth.hash_password(password)).result()
             elif not db.remove_user(chosen.name).result():
                 raise ValueError(f"there is no user {chosen.name} in {folder}")

@@ -1,7 +1,7 @@
 """Each rule of the service has a test that is named after it. They use the real app, files, SQLite and processes."""
-import asyncio
 import base64
 import contextlib
+import encodings
 import errno
 import fcntl
 import functools
@@ -32,7 +32,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPMessage, HTTPResponse
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
@@ -158,6 +158,7 @@ def upload(client: httpx.Client, content: bytes = PDF, filename: str = "a.pdf", 
 
 
 def uploaded(client: httpx.Client, content: bytes = PDF, filename: str = "a.pdf") -> str:
+    random.seed(1)  # as a pipeline may do; no id depends on it
     answer = upload(client, content, filename)
     assert answer.status_code == 201, answer.text
     return str(answer.headers["Location"])
@@ -249,20 +250,13 @@ def test_importing_main_has_no_side_effects(tmp_path: Path) -> None:
     assert re.fullmatch(rb"\d+ MainThread hello\n", output) and os.listdir(tmp_path) == []
 
 
-def test_generated_secrets_are_kept_in_a_private_folder(tmp_path: Path) -> None:
-    settings = settings_in(tmp_path, admin_password=None)
-    with running(settings) as client:  # which logs in with the generated password
-        assert settings.data_dir.stat().st_mode & 0o777 == 0o700
-    with running(settings) as again:
-        assert again.get("/documents", headers=client.headers).status_code == 200
-
-
 def test_every_file_is_private_whatever_the_folder(tmp_path: Path) -> None:
     data = tmp_path / "data"
     with contextlib.ExitStack() as stack:
         stack.callback(os.umask, os.umask(0))
         data.mkdir(mode=0o755)
-        (data / ".gitkeep").touch(0o644)
+        for name in (".gitkeep", "jwt-secret"):  # the latter as a crash may leave it
+            (data / name).touch(0o644)
         uploaded(stack.enter_context(running(settings_in(tmp_path, admin_password=None))))
         modes = {path.name: path.stat().st_mode & 0o777 for path in data.rglob("*")}
     assert (modes.pop(".gitkeep"), modes.pop("files"), {*modes.values()}) == (0o644, 0o700, {0o600})
@@ -318,6 +312,7 @@ def test_users_are_added_changed_and_removed_while_the_server_runs(tmp_path: Pat
 def test_commands_tell_the_folder(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     settings = Settings.model_construct(data_dir=Path("~/x"))
+    assert command(settings, "add-user", "eve", typed="7 chars")[0] == 1
     for arguments, status in (("remove-user eve", 1), ("add-user eve", 0), ("remove-user eve", 0)):
         code, told = command(settings, *arguments.split(), typed="8 chars.\n")
         assert (code, (tmp_path / "x").exists()) == (status, status == 0) and str(tmp_path / "x") in told
@@ -354,8 +349,8 @@ def make_database(file: Path, version: int, tables: int = 1) -> None:
     (lambda file: make_database(file, 0, 0), "there are stored files, but .* has no tables"),
     (lambda file: file.write_bytes(b"This is no database. " * 1000), "not a database"),
     (lambda file: make_database(file, 99), "later version"),
-    (lambda file: make_database(file, 0), "another program"), (Path.mkdir, "unable to open|directory")],
-    ids=["missing", "no tables", "no database", "a later version", "of another program", "a folder"])
+    (lambda file: make_database(file, 0), "another program"), (lambda file: make_database(file, 1), "another program"),
+    (Path.mkdir, "unable to open|directory")], ids=itertools.count())
 def test_an_unusable_database_is_left_as_it_is(tmp_path: Path, spoil: Callable[[Path], Any], told: str) -> None:
     file, stored = tmp_path / "data" / "documents.db", tmp_path / "data" / "files" / "precious"
     stored.parent.mkdir(parents=True)
@@ -407,7 +402,9 @@ def test_a_start_asks_no_more_of_the_disk_than_it_needs(tmp_path: Path, monkeypa
         refuse("fsync", error, is_folder, fsync)
         with running(settings) as client:
             uploaded(client)
-    assert {str(folder) for folder in (*settings.data_dir.parents[:2], settings.data_dir)} <= synced
+    made = settings.data_dir, settings.data_dir.parent
+    assert {str(folder) for folder in (*made, tmp_path / "new")} <= synced
+    assert {folder.stat().st_mode & 0o777 for folder in made} == {0o700}
     refuse("fsync", errno.EIO, is_folder, fsync)
     with pytest.raises(OSError, match="refused"):
         fsync_folder(tmp_path.parent)
@@ -423,7 +420,7 @@ def test_request_id_is_the_clients_own_when_it_is_plain(client: httpx.Client) ->
 def test_a_422_names_the_field_and_never_echoes_the_input(client: httpx.Client) -> None:
     answer = client.post("/auth/login", json={"username": "canary-name", "password": ["canary-password"]})
     assert (answer.status_code, "canary" in answer.text) == (422, False)
-    assert answer.json()["errors"] == [{"loc": ["password"], "msg": "Input should be a valid string"}]
+    assert answer.json()["errors"] == [{"loc": ["body", "password"], "msg": "Input should be a valid string"}]
     for query in ("limit=canary", "status=canary", "cursor=canary"):
         answer = client.get(f"/documents?{query}")
         assert (answer.json()["errors"][0]["loc"], "canary" in answer.text) == (["query", query[:-7]], False)
@@ -1018,8 +1015,7 @@ def test_a_client_that_waits_for_100_continue_is_answered_at_once(client: httpx.
         assert b"HTTP/1.1 201 " in taken.recv(65536)
 
 
-@pytest.mark.parametrize("piece, seconds, most", [(b"x" * 65536, 3600, 2**22), (b"x", 0.3, 2**28)],
-                         ids=["much", "long"])
+@pytest.mark.parametrize("piece, seconds, most", [(b"x" * 65536, 3600, 2**22), (b"x", 0.3, 2**28)], ids=range(2))
 def test_a_client_that_sends_on_for_ever_is_cut_off(
         client: httpx.Client, monkeypatch: Patch, piece: bytes, seconds: float, most: int) -> None:
     monkeypatch.setattr(main, "DRAIN_SECONDS", seconds)
@@ -1142,6 +1138,13 @@ def test_reading_a_bomb_is_bounded(monkeypatch: Patch, request: pytest.FixtureRe
     with pytest.raises(BadDocument):
         check_is_whole(bombs[1], DOCX)
     assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
+
+
+def test_names_of_made_up_encodings_are_not_kept(client: httpx.Client) -> None:
+    for name in ("filename*=made-up-1''a.pdf", 'filename="=?made-up-2?Q?a.pdf?="'):
+        exchange(client, sent(part(PDF, b'form-data; name="file"; ' + name.encode()) + END))
+    assert upload(client, typed(CONTENT_TYPES.replace("?>", " encoding='made-up-3'?>")), "a.docx").status_code == 415
+    assert not [name for name in getattr(encodings, "_cache") if name.startswith("made")]
 
 
 def test_a_client_that_goes_leaves_nothing(shared: tuple[httpx.Client, Settings]) -> None:
@@ -1306,18 +1309,20 @@ def test_a_deleted_document_is_gone_at_once_and_its_file_soon(tmp_path: Path) ->
 
 def test_the_oldest_request_is_processed_first_and_a_full_queue_is_told(tmp_path: Path) -> None:
     gate = Gate()
-    with running(settings_in(tmp_path, process_workers=1, max_queue=2), pipeline=gate) as client:
-        paths = [uploaded(client) for _ in range(4)]
+    with running(settings_in(tmp_path, process_workers=1, max_queue=3), pipeline=gate) as client:
+        paths = [uploaded(client) for _ in range(5)]
         assert client.post(f"{paths[0]}/process").status_code == 202
         gate.begun.acquire()
-        for path in (paths[2], paths[1], paths[2], paths[0]):  # the last two have their place
+        for path in (paths[3], paths[2], paths[1], paths[2], paths[0]):  # the last two have their place
             assert client.post(f"{path}/process").status_code == 202
-        full = client.post(f"{paths[3]}/process")
+        full = client.post(f"{paths[4]}/process")
         assert (*code_of(full), full.headers["Retry-After"]) == (429, "queue_full", "1")
-        assert client.get(f"{paths[3]}/status").json()["status"] == "UPLOADED"
+        assert client.get(f"{paths[4]}/status").json()["status"] == "UPLOADED"
+        sql(tmp_path / "data", "UPDATE documents SET queued_at = '2999' WHERE document_id = ?", id_in(paths[3]))
+        until(lambda: not sql(tmp_path / "data", "SELECT 1 FROM documents WHERE queued_at = '2999'"))  # it is void
         gate.go.set()
-        assert processed(client, paths[1])["status"] == "COMPLETED"
-        assert gate.runs == [id_in(paths[i]) for i in (0, 2, 1)]
+        assert processed(client, paths[3])["status"] == "COMPLETED"
+        assert gate.runs == [id_in(paths[i]) for i in (0, 2, 1, 3)]
 
 
 def test_each_owner_has_a_queue_and_owners_take_turns(tmp_path: Path) -> None:
@@ -1454,7 +1459,7 @@ def test_secrets_and_contents_reach_neither_log_nor_error(server: Process) -> No
         *(wire(f"POST /auth/{name}", b"refresh_token=" + content, Content_Type=fields) for name in (
             "refresh", "logout")),
         *(wire(f"GET /{path}{canary}") for path in (
-            "?", "documents?", "documents?limit=", "documents?cursor=", "documents?status=", "docs?")),
+            "?", "%3F", "documents?", "documents?limit=", "documents?cursor=", "documents?status=", "docs?")),
         wire(f"PUT /documents?{canary}"), wire(f"GET /documents?access_token={canary}", Authorization=None),
         *(wire("GET /documents", Authorization=f"{scheme}{canary}") for scheme in ("", "Basic ", "Bearer ")),
         wire("GET /documents", Cookie=canary, X_Api_Key=canary), wire("GET /", b"", **{canary: "\0"}), wire(canary),
@@ -1717,15 +1722,6 @@ def test_a_refused_upload_leaves_nothing_though_its_removal_failed(steps: Steps)
         until(lambda: stored_files(steps.settings) == [])
 
 
-def test_a_failure_at_the_time_limit_is_told_as_it_is(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(main, "WRITE_SECONDS", 0.1)
-    future = Future[None]()
-    future.set_running_or_notify_cancel()  # it can't be given up any more
-    threading.Timer(0.3, future.set_exception, [OSError("broken")]).start()
-    with pytest.raises(OSError, match="broken"):
-        asyncio.run(main.committed(future))
-
-
 def test_an_upload_of_a_removed_user_is_refused_without_a_trace(steps: Steps) -> None:
     with steps.running() as client:
         steps.tell = lambda step: command(steps.settings, "remove-user", "admin") if step == "publish" else None
@@ -1733,16 +1729,22 @@ def test_an_upload_of_a_removed_user_is_refused_without_a_trace(steps: Steps) ->
         until(lambda: stored_files(steps.settings) == [])
 
 
-def test_a_write_that_breaks_is_undone_alone(tmp_path: Path) -> None:
-    db, _ = main.open_stores(settings_in(tmp_path))
-    with contextlib.closing(db), (tmp_path / "data" / "documents.db.lock").open() as lock:
-        sql(tmp_path / "data", "INSERT INTO deleted_files VALUES ('a')")
+def test_a_write_that_breaks_or_is_given_up_is_undone_alone(tmp_path: Path, monkeypatch: Patch) -> None:
+    settings, data = settings_in(tmp_path), tmp_path / "data"
+    db, files = main.open_stores(settings)
+    with contextlib.closing(db), (data / "documents.db.lock").open() as lock:
+        sql(data, "INSERT INTO deleted_files VALUES ('a')")
+        sql(data, "INSERT INTO documents SELECT 'x', 'x', 'x', 'x', 1, 'x', 'x', 'PROCESSING', 'x', 'x', 'x', 'x',"
+            " NULL, NULL, 0, 0, 'x', NULL, NULL, NULL")
         fcntl.flock(lock, fcntl.LOCK_EX)
         db.check_writable()  # waits for the lock; then the others share a transaction
         broken, good = db.forget_files(["a", cast(str, object())]), db.set_user("bob", "hash")
+        monkeypatch.setattr(main, "WRITE_SECONDS", 0.1)
+        main.Worker(db, files, Gate(), settings)._work()  # its claim takes too long
         fcntl.flock(lock, fcntl.LOCK_UN)
         assert "type 'object' is not supported" in str(broken.exception())
         assert good.result() is None and db.user("bob") and db.deleted_files() == ["a"]
+        assert sql(data, "SELECT attempts FROM documents") == [(0,)]
 
 
 def test_a_page_of_the_list_is_an_index_seek(steps: Steps) -> None:
@@ -2103,24 +2105,24 @@ def test_exit_is_bounded_whatever_is_under_way(tmp_path: Path, caplog: pytest.Lo
         "document_id": id_in(path), "attempt": 1, "request_id": status["request_id"]}.items()
 
 
-def test_exit_is_bounded_at_a_second_ctrl_c(tmp_path: Path) -> None:
-    with odd_server(tmp_path, "never") as server, server.client() as client, connected(client) as stalled:
-        stalled.sendall(with_token(client, sent(part(PDF), Content_Length="99999")))
-        for path in [uploaded(client) for _ in range(20)]:
-            until(lambda: client.post(f"{path}/process").is_success and "process_started" in server.output())
-        for _ in range(2):
-            server.process.send_signal(signal.SIGINT)
-            time.sleep(0.02)
-        server.process.wait(5)  # the grace is 10 seconds, a wait for the database 8; the runs would never end
-    assert "Exception in thread" not in server.output()
-
-
 def test_exit_is_bounded_while_nobody_can_write(tmp_path: Path) -> None:
     with (Server(tmp_path, DOCS_SHUTDOWN_SECONDS="0") as server,
           (tmp_path / "data" / "documents.db.lock").open() as lock):
         fcntl.flock(lock, fcntl.LOCK_EX)  # as a process does that was stopped in the middle of a commit
         server.process.send_signal(signal.SIGINT)
         server.process.wait(10)
+
+
+def test_a_storage_that_hangs_holds_up_no_login(steps: Steps) -> None:
+    go, waiting = threading.Event(), threading.Semaphore(40)  # as many threads has Starlette
+    with steps.running() as client, ThreadPoolExecutor(50) as pool:
+        path = uploaded(client)
+        steps.tell = lambda step: step == "open" and waiting.acquire(blocking=False) and go.wait(90)
+        downloads = [pool.submit(client.get, f"{path}/file") for _ in range(50)]
+        until(lambda: not waiting._value)
+        assert guess(client, PASSWORD) == 200
+        go.set()
+        assert {download.result().content for download in downloads} == {PDF}
 
 
 def test_a_full_disk_is_told_and_got_over(tmp_path: Path) -> None:
