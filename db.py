@@ -234,7 +234,7 @@ class Database:
         was lost while there are stored files."""
         wal, version, tables = path.with_name(path.name + "-wal"), 0, set[str]()
         if path.exists() and path.stat().st_size:
-            with contextlib.closing(sqlite3.connect(path)) as connection:
+            with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
                 (version,) = connection.execute("PRAGMA user_version").fetchone()
                 tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_schema")}
         elif wal.exists() and wal.stat().st_size:  # SQLite would remove it
@@ -293,6 +293,7 @@ class Database:
             self._commit_batch([each for each in batch if not each.error])
             for each in batch:
                 self._settle(each)
+        self._commit_batch([])  # for the files of uploads that failed last
 
     def _next_batch(self, expected: int) -> list[Write]:
         """Waits for a write, and then up to 10 ms for as many as came last time: clients that wrote together tend to do

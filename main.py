@@ -375,6 +375,9 @@ class RequestMiddleware:
         # uvicorn leaves out the body of an answer to HEAD by itself.
         inner_scope = {**scope, "method": "GET", "head": True} if request.method == "HEAD" else scope
         try:
+            codings = request.headers.getlist("content-encoding")
+            if exchange.must_drain and any(coding.lower() != "identity" for coding in codings):
+                raise Problem("unsupported_media_type", "Send the body without a Content-Encoding.")
             await self.app(inner_scope, exchange.receive, exchange.send)
         except ClientDisconnect:
             exchange.status = 499  # nobody is left to answer; what nginx logs
@@ -386,8 +389,9 @@ class RequestMiddleware:
                 raise
             await response(scope, exchange.receive, exchange.send)
         finally:
-            log_event("request", method=request.method, status=exchange.status,
-                      path=scope["path"].removeprefix(path_prefix(request)).partition("?")[0],  # of a quoted query too
+            # A path may hold secrets too: a quoted query, or the user of a whole URL.
+            path = re.sub(r"(?s)^\w+://[^/]*|\?.*", "", scope["path"].removeprefix(path_prefix(request)))
+            log_event("request", method=request.method, path=path, status=exchange.status,
                       duration_ms=round(1000 * (time.perf_counter() - start), 3), client=client_address(request),
                       user=scope.get("state", {}).get("username"))
 
@@ -476,10 +480,11 @@ class Service:
             for document_id in self.db.deleted_files(1000):
                 await run_in_threadpool(self.storage.delete, document_id)
                 removed.append(document_id)
-        finally:
-            if removed:
-                await run_in_threadpool(self.storage.sync)
-                await committed(self.db.forget_files(removed))
+        except Exception as failure:
+            log_event("storage_error", logging.ERROR, failure=failure)
+        if removed:
+            await run_in_threadpool(self.storage.sync)
+            await committed(self.db.forget_files(removed))
 
 
 def open_stores(settings: Settings, storage: Storage | None = None) -> tuple[Database, Storage]:
@@ -573,8 +578,6 @@ HELD_BY_ONE, HELD_BY_ALL = 2 * 2**20, 24 * 2**20  # bytes: the most that one upl
 
 async def body_chunks(request: Request, limit: int, seconds: float) -> AsyncIterator[bytes]:
     """The body as it comes: all of it within these seconds, and each piece within the idle time."""
-    if any(encoding.lower() != "identity" for encoding in request.headers.getlist("content-encoding")):
-        raise Problem("unsupported_media_type", "Send the body without a Content-Encoding.")
     if int(request.headers.get("content-length", 0)) > limit:
         raise Problem("too_large")
     loop, size, more = asyncio.get_running_loop(), 0, True
@@ -736,7 +739,8 @@ async def store(service: Service, incoming: Incoming, filename: str, owner: User
             Status.UPLOADED, now, now, idempotency_key=key)
 
     added = service.db.add_document(incoming.key, finish)
-    return await committed(added, extra_seconds=incoming.size / SLOWEST_STORAGE)
+    # Many uploads that end at once wait for each other; on a slow disk that takes longer than any other write.
+    return await committed(added, extra_seconds=4 * WRITE_SECONDS + incoming.size / SLOWEST_STORAGE)
 
 
 # Processing
@@ -775,6 +779,14 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
         "keywords": ["simulated", "document", "lifecycle"],
         "source": {"size": document.size, "sha256": document.sha256},
     }
+
+
+def wait_for_commit(future: Future[T]) -> T:
+    """As `committed`, but for threads. Raises TimeoutError when the write takes too long."""
+    try:
+        return future.result(WRITE_SECONDS)
+    finally:
+        future.cancel()  # does nothing to one that is done
 
 
 class Worker:
@@ -824,10 +836,9 @@ class Worker:
         """Claims documents and runs them, one after the other, until none waits."""
         while not self.stopping:
             run_id = uuid.uuid4().hex
-            claim = self._db.claim(run_id)
             self._run_ids.add(run_id)
             try:
-                document = claim.result(WRITE_SECONDS)
+                document = wait_for_commit(self._db.claim(run_id))
                 if document is None:
                     return
                 self._run(run_id, document)
@@ -837,7 +848,6 @@ class Worker:
                 log_event("background_error", logging.ERROR, failure=failure)
                 return
             finally:
-                claim.cancel()  # one that took too long: nobody would work for it
                 self._run_ids.discard(run_id)
                 request_id_of_context.set(None)
 
@@ -848,11 +858,10 @@ class Worker:
         try:
             result = self._call_pipeline(run_id, document)
         except ProcessingFailed as failure:
-            failed = self._db.fail(run_id, document_id, failure.code, failure.message, failure.retryable)
-            failed.result(WRITE_SECONDS)
+            wait_for_commit(self._db.fail(run_id, document_id, failure.code, failure.message, failure.retryable))
             log_run("process_failed", document, start, failure=failure.__cause__, error=failure.code)
         else:
-            self._db.complete(run_id, document_id, result).result(WRITE_SECONDS)
+            wait_for_commit(self._db.complete(run_id, document_id, result))
             log_run("process_completed", document, start)
 
     def _call_pipeline(self, run_id: str, document: Document) -> str:
@@ -862,7 +871,7 @@ class Worker:
                 raise RunLost
             percent = max(0, min(int(percent), 99))
             try:
-                self._db.record_progress(run_id, document.document_id, percent, message).result(WRITE_SECONDS)
+                wait_for_commit(self._db.record_progress(run_id, document.document_id, percent, message))
             except (sqlite3.Error, OSError) as failure:  # no fault of the pipeline, and no harm
                 log_event("storage_error", logging.ERROR, failure=failure)
 
