@@ -366,6 +366,8 @@ class RequestMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        # Nobody reads cookies, but FastAPI parses them; a hostile one takes old Pythons seconds (CVE-2024-7592).
+        scope["headers"] = [header for header in scope["headers"] if header[0] != b"cookie"]
         start, request = time.perf_counter(), Request(scope)
         request_id = request.headers.get("x-request-id", "")
         if not REQUEST_ID.fullmatch(request_id):
@@ -996,9 +998,12 @@ async def process(document_id: uuid.UUID, request: Request, response: Response, 
 async def get_status(document: OwnDocument, request: Request, response: Response,
                      wait: Annotated[float, Query(ge=0, le=30, description="seconds")] = 0) -> Document:
     """With `wait` it answers when processing ends, or after that time. Error: `not_found`."""
-    service, end = service_of(request), time.monotonic() + wait
+    service, end, turns = service_of(request), time.monotonic() + wait, 0
     while document.status == Status.PROCESSING and time.monotonic() < end and not service.worker.stopping:
         await asyncio.sleep(0.1)
+        turns += 1
+        if turns % 10 == 0 and await request.is_disconnected():
+            raise ClientDisconnect
         document = or_404(service.db.document(document.document_id, document.owner_id))
     if document.status == Status.PROCESSING:
         response.headers.update(SOON)

@@ -197,9 +197,8 @@ class Incoming:
 OLE_MAGIC = bytes.fromhex("d0cf11e0a1b11ae1")
 MAIN_PART = f"{DOCX}.main+xml"
 CONTENT_TYPES = "/[content_types].xml"
-PACKAGE = "http://schemas.openxmlformats.org/package/2006/content-types"
 MAX_ENTRIES = 10_000
-MAX_DIRECTORY = 2 * 2**20  # bytes, for 10,000 entries
+MAX_DIRECTORY = 2**20  # bytes, for 10,000 entries
 MAX_CONTENT_TYPES, MAX_MAIN_PART = 2**18, 512 * 2**20  # bytes, unpacked
 
 
@@ -270,9 +269,9 @@ def content_types(archive: zipfile.ZipFile) -> dict[str, str]:
         if next(elements) > MAX_ENTRIES:
             raise BadDocument(f"[Content_Types].xml has more than {MAX_ENTRIES} elements.")
         content_type = attributes.get("ContentType", "").partition(";")[0].strip().lower()
-        if name == f"{PACKAGE} Override":
+        if name.rpartition(":")[2] == "Override":
             declared.setdefault(part_name(attributes.get("PartName", "")), content_type)
-        elif name == f"{PACKAGE} Default":
+        elif name.rpartition(":")[2] == "Default":
             declared.setdefault("." + attributes.get("Extension", "").lower(), content_type)
 
     def on_doctype(*_: object) -> NoReturn:  # OPC forbids DTDs; without one there are no entities to expand
@@ -283,7 +282,7 @@ def content_types(archive: zipfile.ZipFile) -> dict[str, str]:
         if (encoding or "utf-8").lower() not in ("utf-8", "utf-16", "iso-8859-1", "us-ascii"):
             raise BadDocument("[Content_Types].xml is in an encoding that a DOCX can't have.")
 
-    parser = expat.ParserCreate(namespace_separator=" ")
+    parser = expat.ParserCreate()  # without namespaces: for each name it would copy one, which may be very long
     parser.XmlDeclHandler = on_declaration
     parser.StartElementHandler = on_element
     parser.StartDoctypeDeclHandler = on_doctype

@@ -97,6 +97,7 @@ def until(condition: Callable[[], T], seconds: float = 30) -> T:
 def quick_passwords() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(auth, "SCRYPT_N", 2**6)
+        patch.delattr("http.cookies._unquote")  # quadratic before Python 3.11.10: no request may lead there
         yield
 
 
@@ -1136,6 +1137,8 @@ def test_reading_a_bomb_is_bounded(monkeypatch: Patch, request: pytest.FixtureRe
     with pytest.raises(BadDocument):
         check_is_docx(bombs[0])
     check_is_docx(bombs[1])
+    names = f"xmlns:p='{'u' * 100_000}' " + " ".join(f"p:a{number}=''" for number in range(500))
+    check_is_docx(io.BytesIO(typed(CONTENT_TYPES.replace("</", f"<x {names}/></"))))
     with pytest.raises(BadDocument):
         check_is_whole(bombs[1], DOCX)
     assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
@@ -1350,7 +1353,7 @@ def test_each_owner_has_a_queue_and_owners_take_turns(tmp_path: Path) -> None:
         assert runs == [*paths[:2], hers, *paths[2:5]]  # hers was asked for last, and she had nothing in work
 
 
-def test_a_long_poll_costs_no_thread_and_ends_with_the_run(tmp_path: Path) -> None:
+def test_a_long_poll_costs_no_thread_and_ends_with_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     gate = Gate()
     with running(settings_in(tmp_path), pipeline=gate) as client, ThreadPoolExecutor(60) as pool:
         path = uploaded(client)
@@ -1359,6 +1362,9 @@ def test_a_long_poll_costs_no_thread_and_ends_with_the_run(tmp_path: Path) -> No
         assert client.get(f"{path}/status?wait=0.05").json()["status"] == "PROCESSING"
         gate.begun.acquire()
         waiting = [pool.submit(client.get, f"{path}/status?wait=30") for _ in range(60)]  # anyio has 40 threads
+        with connected(client) as gone:
+            gone.sendall(with_token(client, wire(f"GET {path}/status?wait=30")))
+        until(lambda: any(getattr(record, "fields", {}).get("status") == 499 for record in caplog.records))
         assert client.get("/healthz").status_code == 200
         gate.go.set()
         assert {future.result().json()["status"] for future in waiting} == {"COMPLETED"}
@@ -1720,13 +1726,6 @@ def test_a_refused_upload_leaves_nothing_though_its_removal_failed(steps: Steps)
         steps.tell = tell
         assert upload(client).status_code == 503 and len(stored_files(steps.settings)) == 1
         steps.tell = lambda step: None
-        until(lambda: stored_files(steps.settings) == [])
-
-
-def test_an_upload_of_a_removed_user_is_refused_without_a_trace(steps: Steps) -> None:
-    with steps.running() as client:
-        steps.tell = lambda step: command(steps.settings, "remove-user", "admin") if step == "publish" else None
-        assert code_of(upload(client)) == (503, "unavailable")
         until(lambda: stored_files(steps.settings) == [])
 
 
