@@ -360,7 +360,7 @@ class RequestMiddleware:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        # The system's would be a call, at which another thread takes the GIL: a tenth of the time of a small upload.
+        # Without a system call, at which another thread takes the GIL: that costs a tenth of a small upload's time.
         self.random = random.Random()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
