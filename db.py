@@ -184,7 +184,7 @@ class Write:
     was run already."""
 
     operation: Callable[[], Any] = lambda: None  # of an upload: to be set when its file is published
-    document_id: str | None = None  # of an upload
+    document_id: str | None = None  # of an upload; other writes have none
     future: Future[Any] = field(default_factory=Future)
     result: Any = None
     error: BaseException | None = None
@@ -254,9 +254,10 @@ class Database:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """One process at a time; threads of one process share the descriptor, and so the lock. The others wait in the
-        kernel, where SQLite's own lock would make them sleep and retry. And no two connections may write or checkpoint
-        at the same moment before SQLite 3.51.3 (the WAL-reset bug)."""
+        """One process at a time. It does not exclude threads of one process, which share the descriptor: once the
+        database is open, its committer alone writes. Other processes wait in the kernel, where SQLite's own lock would
+        make them sleep and retry. And no two connections may write or checkpoint at the same moment before SQLite
+        3.51.3 (the WAL-reset bug)."""
         fcntl.flock(self._lock_file, fcntl.LOCK_EX)
         try:
             yield

@@ -308,7 +308,7 @@ def invalid(msg: str, *loc: str) -> Problem:
 
 
 async def answer_problem(request: Request, failure: BaseException) -> Response:
-    """The answer to an exception, be it ours or a library's."""
+    """The answer to an exception, be it ours or a library's. RequestMiddleware calls this, and FastAPI for its own."""
     match failure:
         case Problem():
             problem = failure
@@ -360,7 +360,7 @@ class RequestMiddleware:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        # Without a system call, at which another thread takes the GIL: that costs a tenth of a small upload's time.
+        # Not os.urandom: at a system call another thread takes the GIL, which costs a tenth of a small upload's time.
         self.random = random.Random()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -731,14 +731,15 @@ async def receive_file(request: Request, incoming: Incoming) -> str:
     return form.filename
 
 
-async def store(service: Service, incoming: Incoming, filename: str, owner: User, key: str | None) -> Document:
+async def store(
+        service: Service, incoming: Incoming, filename: str, owner: User, idempotency_key: str | None) -> Document:
     """Finishes the file and adds its row: the document, or the one that was uploaded under the key before."""
     def finish() -> Document:
         incoming.finish()
         now = utc_now()
         return Document(
             incoming.key, owner.user_id, filename, incoming.media_type, incoming.size, incoming.sha256.hexdigest(),
-            Status.UPLOADED, now, now, idempotency_key=key)
+            Status.UPLOADED, now, now, idempotency_key=idempotency_key)
 
     added = service.db.add_document(incoming.key, finish)
     # Many uploads that end at once wait for each other; on a slow disk that takes longer than any other write.
@@ -802,7 +803,7 @@ class Worker:
         self._db, self._storage, self._pipeline, self._settings = db, storage, pipeline, settings
         self._pool = ThreadPoolExecutor(settings.process_workers, "worker")
         self._run_ids: set[str] = set()  # of runs, and of claims under way
-        self._stop_at = math.inf  # by time.monotonic(); from `stop` on it is finite, and after it `progress` ends runs
+        self._stop_at = math.inf  # the end of the grace, by time.monotonic(), once `stop` was called
 
     @property
     def stopping(self) -> bool:
