@@ -330,7 +330,7 @@ class Database:
     def _apply(self, each: Write) -> None:
         """Runs the operation. When it breaks, it is undone alone."""
         if each.future.cancelled():
-            each.error = InDoubt("the caller has given up")
+            each.error = InDoubt("the caller has given up")  # so that the file of an upload is listed
             return
         self._w.execute("SAVEPOINT operation")
         try:

@@ -377,8 +377,8 @@ class RequestMiddleware:
         # uvicorn leaves out the body of an answer to HEAD by itself.
         inner_scope = {**scope, "method": "GET", "head": True} if request.method == "HEAD" else scope
         try:
-            codings = request.headers.getlist("content-encoding")
-            if exchange.must_drain and any(coding.lower() != "identity" for coding in codings):
+            if exchange.must_drain and any(
+                    coding.lower() != "identity" for coding in request.headers.getlist("content-encoding")):
                 raise Problem("unsupported_media_type", "Send the body without a Content-Encoding.")
             await self.app(inner_scope, exchange.receive, exchange.send)
         except ClientDisconnect:

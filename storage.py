@@ -278,7 +278,7 @@ def content_types(archive: zipfile.ZipFile) -> dict[str, str]:
         raise BadDocument("[Content_Types].xml has a DTD.")
 
     def on_declaration(version: str, encoding: str | None, standalone: int) -> None:
-        # Python is asked for any other encoding, and keeps its name for ever.
+        # Expat asks Python for any other encoding, and Python keeps the name for ever.
         if (encoding or "utf-8").lower() not in ("utf-8", "utf-16", "iso-8859-1", "us-ascii"):
             raise BadDocument("[Content_Types].xml is in an encoding that a DOCX can't have.")
 
