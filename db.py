@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from enum import StrEnum
@@ -92,31 +92,23 @@ class UnusableDatabase(Exception):
     """The file belongs to another program or to a later version of this one, or it was lost."""
 
 
-class InDoubt(sqlite3.Error):
-    """Nobody can tell whether the write is committed: the commit failed half-way, or did not end in time."""
-
-
-class Refused(Exception):
-    """Raised by a method marked `@write` that says no. What the method wrote before is committed all the same."""
-
-
-class KeyReused(Refused):
+class KeyReused(Exception):
     """The idempotency key was used before, with another file."""
 
 
-class QueueFull(Refused):
+class QueueFull(Exception):
     """Too many documents of this owner wait for a worker."""
 
 
-class Throttled(Refused):
+class Throttled(Exception):
     """Too many logins failed. `args[0]` is the number of seconds until the next login is looked at."""
 
 
-class TokenReused(Refused):
-    """A refresh token was used again, too late; its session has ended. `args[0]` is the user's name."""
+class TokenReused(Exception):
+    """The refresh token was used before, so somebody else may have it: its session has to end."""
 
 
-class RunLost(Refused):
+class RunLost(Exception):
     """The document no longer belongs to this run: it was deleted or taken over. Or the run has to end at a shutdown."""
 
 
@@ -217,7 +209,7 @@ class Database:
         self._queue: SimpleQueue[Write] = SimpleQueue()
         self._closed = False
         self._failed_uploads: set[str] = set()  # which may have left a file without a row
-        self._lock_file = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        self._lock_path = path.with_name(path.name + ".lock")
         with self.lock():
             version = self._usable_version(path, keys)
             path.touch(0o600)  # SQLite gives its other files the same mode
@@ -254,15 +246,16 @@ class Database:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """One process at a time. It does not exclude threads of one process, which share the descriptor: once the
-        database is open, its committer alone writes. Other processes wait in the kernel, where SQLite's own lock would
-        make them sleep and retry. And no two connections may write or checkpoint at the same moment before SQLite
-        3.51.3 (the WAL-reset bug)."""
-        fcntl.flock(self._lock_file, fcntl.LOCK_EX)
+        """One thread of one process at a time. The others wait in the kernel, where SQLite's own lock would make them
+        sleep and retry. And no two connections may write or checkpoint at the same moment before SQLite 3.51.3 (the
+        WAL-reset bug)."""
+        lock_file = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
+            fcntl.flock(lock_file, fcntl.LOCK_EX)
             yield
         finally:
-            fcntl.flock(self._lock_file, fcntl.LOCK_UN)
+            fcntl.flock(lock_file, fcntl.LOCK_UN)  # a child of a fork may have the file open too
+            os.close(lock_file)
 
     def close(self) -> None:
         """Finishes what was submitted, except uploads that wait for a publisher. Under the lock, since closing a
@@ -274,14 +267,13 @@ class Database:
         with self.lock():
             self._r.close()
             self._w.close()
-        os.close(self._lock_file)
 
     # The publishers and the committer
 
-    def _finish(self, new: Write, finish: Callable[[], Document]) -> None:
+    def _publish(self, new: Write, publish: Callable[[], Document]) -> None:
         try:
             if not new.future.cancelled():
-                new.operation = functools.partial(self._add_document, finish())
+                new.operation = functools.partial(self._add_document, publish())
         except BaseException as error:  # raised again by the future, where the caller waits
             new.error = error
         self._queue.put(new)
@@ -316,13 +308,12 @@ class Database:
     def _commit_batch(self, batch: list[Write]) -> None:
         """One transaction for all. It also lists the files of uploads that failed before it."""
         try:
-            with self.lock(), self._w:  # rolls back after an exception
+            with self.lock(), self._w:  # which commits, or rolls back after an exception
                 self._w.execute("BEGIN IMMEDIATE")
                 for each in batch:
                     self._apply(each)
                 for document_id in self._failed_uploads:
                     self._list_deleted_file(document_id)
-                self._commit()
             self._failed_uploads.clear()
         except BaseException as error:
             fail_all(batch, error)
@@ -330,27 +321,17 @@ class Database:
     def _apply(self, each: Write) -> None:
         """Runs the operation. When it breaks, it is undone alone."""
         if each.future.cancelled():
-            each.error = InDoubt("the caller has given up")  # so that the file of an upload is listed
+            each.error = CancelledError()  # so that the file of an upload is listed
             return
         self._w.execute("SAVEPOINT operation")
         try:
             each.result = each.operation()
-        except Refused as refusal:
-            each.error = refusal
         except Exception as error:
             if not self._w.in_transaction:  # SQLite has rolled back all of it, as when the disk is full
                 raise
             each.error = error
             self._w.execute("ROLLBACK TO operation")
         self._w.execute("RELEASE operation")
-
-    def _commit(self) -> None:
-        try:
-            self._w.execute("COMMIT")
-        except sqlite3.Error as error:
-            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:  # nothing was committed
-                raise
-            raise InDoubt(str(error)) from error
 
     def _settle(self, each: Write) -> None:
         if each.document_id and each.error:
@@ -460,8 +441,7 @@ class Database:
             return new
         if used_jti == session.previous_jti and abs(now - session.rotated_at) < REFRESH_GRACE:
             return session
-        self._w.execute("DELETE FROM sessions WHERE session_id = ?", (session_id,))
-        raise TokenReused(session.username)
+        raise TokenReused
 
     @write
     def end_session(self, session_id: str, user_id: str) -> str | None:
@@ -473,22 +453,22 @@ class Database:
 
     # Documents
 
-    def add_document(self, document_id: str, finish: Callable[[], Document]) -> Future[Document]:
-        """Calls `finish` in a publisher: it publishes the file and returns the document to be added. The result is that
-        document, or the one that its owner uploaded under its key before. The file of an upload that adds no row is
-        listed in `deleted_files`. Raises what `finish` raises, and KeyReused when the known document differs."""
+    def add_document(self, document_id: str, publish: Callable[[], Document]) -> Future[Document]:
+        """Calls `publish` in a publisher: it publishes the file and returns the document to be added. The result is
+        that document, or the one that its owner uploaded under its key before. Raises what `publish` raises, and
+        KeyReused when the known document differs. Whenever no row is added, the file is listed in `deleted_files`."""
         new = Write(document_id=document_id)
-        self._publishers.submit(self._finish, new, finish)
+        self._publishers.submit(self._publish, new, publish)
         return new.future
 
     def _add_document(self, new: Document) -> Document:
         known = None
         if new.idempotency_key:
             known = self._find(self._w, "owner_id = ? AND idempotency_key = ?", new.owner_id, new.idempotency_key)
+        if known and known.sha256 != new.sha256:
+            raise KeyReused
         if known:
             self._list_deleted_file(new.document_id)
-            if known.sha256 != new.sha256:
-                raise KeyReused
             return known
         values = tuple(vars(new).values())
         self._w.execute(f"INSERT INTO documents ({COLUMNS}) VALUES ({', '.join('?' * len(values))})", values)

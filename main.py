@@ -69,7 +69,7 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import auth
-from db import (Database, Document, InDoubt, KeyReused, QueueFull, RunLost, Session, Status, Throttled, TokenReused,
+from db import (Database, Document, KeyReused, QueueFull, RunLost, Session, Status, Throttled, TokenReused,
                 UnusableDatabase, User, utc_now, utc_text)
 from storage import (DOCX, MEDIA_TYPES, PDF, BadDocument, Incoming, LocalStorage, Storage, check_is_whole, fsync_folder,
                      private)
@@ -518,13 +518,10 @@ def secret_file(db: Database, path: Path) -> str:
 
 
 async def committed(future: Future[T], extra_seconds: float = 0) -> T:
-    """What a write to the database returned, once it is on disk. Raises InDoubt when that takes too long; the write is
-    skipped then, unless it was run already."""
-    try:
-        async with asyncio.timeout(WRITE_SECONDS + extra_seconds):
-            return await asyncio.wrap_future(future)
-    except TimeoutError:
-        raise InDoubt("the write took too long") from None
+    """What a write to the database returned, once it is on disk. After a TimeoutError the write is skipped, unless it
+    was run already."""
+    async with asyncio.timeout(WRITE_SECONDS + extra_seconds):
+        return await asyncio.wrap_future(future)
 
 
 def service_of(request: Request) -> Service:
@@ -619,7 +616,7 @@ async def read_fields(request: Request, model: type[Model]) -> Model:
 
 
 class MultipartFile:
-    """The part `file` of a multipart/form-data body (RFC 7578): its content goes to an Incoming as it comes."""
+    """The part `file` of a multipart/form-data body (RFC 7578), which goes to an Incoming as it comes."""
 
     def __init__(self, content_type: str | None, incoming: Incoming) -> None:
         media_type, options = parse_options_header(content_type)
@@ -628,7 +625,7 @@ class MultipartFile:
         boundary = options.get(b"boundary")
         if not boundary:
             raise FormParserError
-        self.filename, self._incoming, self._in_file = "", incoming, False
+        self._incoming, self._in_file = incoming, False
         self._around = 0  # bytes that are not the file's
         self._name, self._value, self._headers = bytearray(), bytearray(), dict[bytes, bytes]()
         self._parser = MultipartParser(boundary, {
@@ -666,12 +663,12 @@ class MultipartFile:
         self._in_file = options.get(b"name") == b"file"
         if not self._in_file:
             return
-        if self.filename:
+        if self._incoming.filename:
             raise invalid("There are two parts named file.", "body", "file")
-        self.filename = shown_filename(decoded_filename(options))
-        if not self.filename:
+        filename = self._incoming.filename = shown_filename(decoded_filename(options))
+        if not filename:
             raise invalid("The part named file has no filename.", "body", "file")
-        extension = os.path.splitext(self.filename)[1].lower()
+        extension = os.path.splitext(filename)[1].lower()
         if extension not in MEDIA_TYPES:
             raise Problem("unsupported_media_type", "The filename has to end in .pdf or .docx.")
         self._incoming.media_type = MEDIA_TYPES[extension]
@@ -716,34 +713,22 @@ def shown_filename(name: str) -> str:
     return (stem or "document") + dot + extension if name else ""
 
 
-async def receive_file(request: Request, incoming: Incoming) -> str:
-    """Reads the body into `incoming`; returns the file's name. What an upload holds beyond its share of memory is
-    written in a thread."""
+async def receive_file(request: Request, incoming: Incoming) -> None:
+    """Reads the body into `incoming`, and discards it when the body is refused. What an upload holds beyond its share
+    of memory is written in a thread."""
     service, form = service_of(request), MultipartFile(request.headers.get("content-type"), incoming)
-    async for chunk in body_chunks(request, service.settings.max_upload_bytes + SMALL_BODY, UPLOAD_SECONDS):
-        form.feed(chunk)
-        del chunk  # a thousand uploads that wait for their next chunk would hold a lot
-        if incoming.size > service.settings.max_upload_bytes:
-            raise Problem("too_large")
-        if incoming.held > min(HELD_BY_ONE, HELD_BY_ALL // service.open_uploads):
-            await run_in_threadpool(incoming.flush)
-    form.end()
-    return form.filename
-
-
-async def store(
-        service: Service, incoming: Incoming, filename: str, owner: User, idempotency_key: str | None) -> Document:
-    """Finishes the file and adds its row: the document, or the one that was uploaded under the key before."""
-    def finish() -> Document:
-        incoming.finish()
-        now = utc_now()
-        return Document(
-            incoming.key, owner.user_id, filename, incoming.media_type, incoming.size, incoming.sha256.hexdigest(),
-            Status.UPLOADED, now, now, idempotency_key=idempotency_key)
-
-    added = service.db.add_document(incoming.key, finish)
-    # Many uploads that end at once wait for each other; on a slow disk that takes longer than any other write.
-    return await committed(added, extra_seconds=4 * WRITE_SECONDS + incoming.size / SLOWEST_STORAGE)
+    try:
+        async for chunk in body_chunks(request, service.settings.max_upload_bytes + SMALL_BODY, UPLOAD_SECONDS):
+            form.feed(chunk)
+            del chunk  # a thousand uploads that wait for their next chunk would hold a lot
+            if incoming.size > service.settings.max_upload_bytes:
+                raise Problem("too_large")
+            if incoming.held > min(HELD_BY_ONE, HELD_BY_ALL // service.open_uploads):
+                await run_in_threadpool(incoming.flush)
+        form.end()
+    except Exception:
+        await run_in_threadpool(incoming.discard)
+        raise
 
 
 # Processing
@@ -785,7 +770,7 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
 
 
 def wait_for_commit(future: Future[T]) -> T:
-    """As `committed`, but for threads. Raises TimeoutError when the write takes too long."""
+    """As `committed`, but for threads."""
     try:
         return future.result(WRITE_SECONDS)
     finally:
@@ -919,15 +904,20 @@ async def upload(request: Request) -> Response:
     if idempotency_key is not None and not re.fullmatch(IDEMPOTENCY_KEY, idempotency_key):
         raise invalid("Use 1 to 128 visible ASCII characters.", "header", "Idempotency-Key")
     incoming = Incoming(service.storage, str(uuid.uuid4()))
+
+    def publish() -> Document:
+        incoming.publish()
+        now = utc_now()
+        return Document(
+            incoming.key, user.user_id, incoming.filename, incoming.media_type, incoming.size,
+            incoming.sha256.hexdigest(), Status.UPLOADED, now, now, idempotency_key=idempotency_key)
+
     service.open_uploads += 1
     try:
-        filename = await receive_file(request, incoming)
-        document = await store(service, incoming, filename, user, idempotency_key)
-    except InDoubt:  # the document may be there; if not, the database lists its file in `deleted_files`
-        raise
-    except Exception:
-        await run_in_threadpool(incoming.discard)
-        raise
+        await receive_file(request, incoming)
+        # Many uploads that end at once wait for each other; on a slow disk that takes longer than any other write.
+        document = await committed(service.db.add_document(incoming.key, publish),
+                                   extra_seconds=4 * WRITE_SECONDS + incoming.size / SLOWEST_STORAGE)
     finally:
         service.open_uploads -= 1
     headers = {"Location": f"{path_prefix(request)}/documents/{document.document_id}"}
@@ -1134,8 +1124,9 @@ async def refresh(request: Request) -> Tokens:
         session = await committed(service.db.rotate(used.sid, used.sub, used.jti))
     except auth.InvalidToken:
         pass  # refused below
-    except TokenReused as reuse:
-        log_event("token_reused", logging.WARNING, user=reuse.args[0], client=client_address(request))
+    except TokenReused:
+        username = await committed(service.db.end_session(used.sid, used.sub))
+        log_event("token_reused", logging.WARNING, user=username, client=client_address(request))
     if session is None:
         raise Problem("invalid_grant", "The refresh token is invalid, expired, revoked or was used before.")
     request.state.username = session.username

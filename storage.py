@@ -140,7 +140,7 @@ class Incoming:
 
     def __init__(self, storage: Storage, key: str) -> None:
         self.key, self.size = key, 0
-        self.media_type = ""  # to be set before the first `feed`
+        self.filename = self.media_type = ""  # to be set before the first `feed`
         self.sha256 = hashlib.sha256()
         self.held = 0  # bytes of memory
         self._storage = storage
@@ -176,14 +176,19 @@ class Incoming:
         self.held = 0
         return file
 
-    def finish(self) -> None:
-        """Writes the rest of the file and publishes it. Raises BadDocument unless it is a PDF or DOCX."""
-        if self._head is not None:
-            self._check_start(decided=True)
-        file = self.flush()
-        if self.media_type == DOCX:
-            check_is_docx(file)
-        self._storage.publish(self.key, file)
+    def publish(self) -> None:
+        """Writes the rest of the file and publishes it. Raises BadDocument unless it is a PDF or DOCX; of a file that
+        can't be published nothing is left."""
+        try:
+            if self._head is not None:
+                self._check_start(decided=True)
+            file = self.flush()
+            if self.media_type == DOCX:
+                check_is_docx(file)
+            self._storage.publish(self.key, file)
+        except BaseException:
+            self.discard()
+            raise
 
     def discard(self) -> None:
         """Removes what was written, published or not."""
