@@ -182,11 +182,6 @@ class Write:
     error: BaseException | None = None
 
 
-def fail_all(batch: list[Write], error: BaseException) -> None:
-    for each in batch:
-        each.error = error
-
-
 def write(method: Callable[Concatenate["Database", P], T]) -> Callable[Concatenate["Database", P], Future[T]]:
     """Runs the method in a transaction of the committer; its Future is done once the commit is on disk."""
     @functools.wraps(method)
@@ -303,7 +298,8 @@ class Database:
             if uploads:
                 self._sync()
         except BaseException as error:
-            fail_all(uploads, error)
+            for each in uploads:
+                each.error = error
 
     def _commit_batch(self, batch: list[Write]) -> None:
         """One transaction for all. It also lists the files of uploads that failed before it."""
@@ -316,7 +312,8 @@ class Database:
                     self._list_deleted_file(document_id)
             self._failed_uploads.clear()
         except BaseException as error:
-            fail_all(batch, error)
+            for each in batch:
+                each.error = error
 
     def _apply(self, each: Write) -> None:
         """Runs the operation. When it breaks, it is undone alone."""

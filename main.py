@@ -307,45 +307,49 @@ def invalid(msg: str, *loc: str) -> Problem:
     return Problem("validation_error", errors=[{"loc": loc, "msg": msg}])
 
 
-async def answer_problem(request: Request, failure: BaseException) -> Response:
-    """The answer to an exception, be it ours or a library's. RequestMiddleware calls this, and FastAPI for its own."""
+def problem_of(request: Request, failure: BaseException) -> Problem:
+    """What an exception, be it ours or a library's, tells the client."""
     match failure:
         case Problem():
-            problem = failure
+            return failure
         case RequestValidationError():
             errors = [{"loc": error["loc"], "msg": error["msg"]} for error in failure.errors()]
-            problem = Problem("validation_error", errors=errors)
+            return Problem("validation_error", errors=errors)
         case BadDocument():
-            problem = Problem("unsupported_media_type", str(failure))
+            return Problem("unsupported_media_type", str(failure))
         case FormParserError():
-            problem = Problem("malformed_body")
+            return Problem("malformed_body")
         case KeyReused():
             errors = [{"loc": ["header", "Idempotency-Key"], "msg": "It was used for another file."}]
-            problem = Problem("idempotency_key_reused", errors=errors)
+            return Problem("idempotency_key_reused", errors=errors)
         case Throttled():
-            problem = Problem("too_many_attempts", headers={"Retry-After": str(math.ceil(failure.args[0]))})
+            return Problem("too_many_attempts", headers={"Retry-After": str(math.ceil(failure.args[0]))})
         case QueueFull():
-            problem = Problem("queue_full")
+            return Problem("queue_full")
         case auth.InvalidToken():
-            problem = Problem("invalid_token")
+            return Problem("invalid_token")
         case HTTPException(status_code=405):
             methods = {method for route in request.app.routes if route.matches(request.scope)[0] == Match.PARTIAL
                        for method in route.methods}
             methods |= {"HEAD"} if "GET" in methods else set()
-            problem = Problem("method_not_allowed", headers={"Allow": ", ".join(sorted(methods))})
+            return Problem("method_not_allowed", headers={"Allow": ", ".join(sorted(methods))})
         case HTTPException(status_code=404):
-            problem = Problem("not_found")
+            return Problem("not_found")
         case OSError() | sqlite3.Error():
             log_event("storage_error", logging.ERROR, failure=failure)
             full = (getattr(failure, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
                     or getattr(failure, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL)
-            problem = Problem("insufficient_storage" if full else "unavailable")
+            return Problem("insufficient_storage" if full else "unavailable")
         case asyncio.CancelledError():  # by uvicorn, when the grace of a shutdown is over
-            problem = Problem("unavailable")
+            return Problem("unavailable")
         case _:
             log_event("unhandled_error", logging.ERROR, failure=failure)
-            problem = Problem("internal_error")
-    return problem.response()
+            return Problem("internal_error")
+
+
+async def to_middleware(_: Request, failure: Exception) -> Response:
+    """FastAPI's handler for its own exceptions: RequestMiddleware answers them, as all others."""
+    raise failure
 
 
 # The request middleware
@@ -384,7 +388,7 @@ class RequestMiddleware:
         except ClientDisconnect:
             exchange.status = 499  # nobody is left to answer; what nginx logs
         except (Exception, asyncio.CancelledError) as failure:
-            response = await answer_problem(request, failure)
+            response = problem_of(request, failure).response()
             if isinstance(failure, asyncio.CancelledError):
                 exchange.must_drain = False  # the exit does not wait
             if exchange.status:  # the answer has begun; uvicorn cuts it off
@@ -788,7 +792,7 @@ class Worker:
         self._db, self._storage, self._pipeline, self._settings = db, storage, pipeline, settings
         self._pool = ThreadPoolExecutor(settings.process_workers, "worker")
         self._run_ids: set[str] = set()  # of runs, and of claims under way
-        self._stop_at = math.inf  # the end of the grace, by time.monotonic(), once `stop` was called
+        self._stop_at = math.inf  # the end of the grace (time.monotonic), once `stop` was called
 
     @property
     def stopping(self) -> bool:
@@ -800,12 +804,14 @@ class Worker:
         if not self.stopping and len(self._run_ids) < self._settings.process_workers:
             self._pool.submit(self._work)
 
-    def stop(self, grace: float) -> None:
-        """Begins no more runs. Those that go on have these seconds; then they are taken over after their lease."""
-        self._stop_at = min(self._stop_at, time.monotonic() + grace)
+    def stop(self) -> None:
+        """Begins no more runs, and the grace for those that go on. What is unfinished then is taken over after its
+        lease, like after a crash."""
+        self._stop_at = min(self._stop_at, time.monotonic() + self._settings.shutdown_seconds)
 
     async def close(self) -> None:
-        """After `stop`: waits for the runs."""
+        """Waits for the runs, until the grace is over."""
+        self.stop()
         while self._run_ids and time.monotonic() < self._stop_at:
             await asyncio.sleep(0.02)
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -1181,20 +1187,8 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
-        chosen = settings or Settings.from_environment(os.environ)
-        log.setLevel(chosen.log_level)
-        # An upload takes two descriptors; the usual soft limit of 1,024 would end at 500 of them.
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with contextlib.suppress(ValueError, OSError):  # macOS allows less than its hard limit says
-            resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 65536)), hard))
-        service = Service(chosen, storage, pipeline)
-        tasks = [asyncio.create_task(work) for work in (
-            follow_server(service), repeat(service.worker.keep_leases, min(1.0, chosen.lease_seconds / 4)),
-            repeat(service.remove_deleted_files, 0.5))]
-        try:
+        async with running_service(settings or Settings.from_environment(os.environ), storage, pipeline) as service:
             yield {"service": service}
-        finally:
-            await shut_down(service, tasks)
 
     if not logging.getLogger().handlers:  # else somebody configured it: gunicorn, `--log-config` with a root logger
         logging.config.dictConfig(LOGGING)
@@ -1203,11 +1197,40 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
         openapi_tags=[{"name": tag} for tag in ("auth", "documents", "processing", "health")],
         redirect_slashes=False, redoc_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # FastAPI's OpenTelemetry: nothing collects it
-        # RequestMiddleware answers all other exceptions; these two FastAPI would answer in its own way.
-        exception_handlers={kind: answer_problem for kind in (HTTPException, RequestValidationError)})
+        exception_handlers={HTTPException: to_middleware, RequestValidationError: to_middleware})
     application.add_middleware(RequestMiddleware)
     application.router.routes[:0] = router.routes  # `include_router` would match each request twice
     return application
+
+
+@contextlib.asynccontextmanager
+async def running_service(
+        settings: Settings, storage: Storage | None, pipeline: Pipeline | None) -> AsyncIterator[Service]:
+    """The service, from its start to its end.
+
+    SIGTERM reaches `follow_server` first, which stops the worker: no more runs begin, long polls are answered, and the
+    grace begins. Then uvicorn waits for open requests, and cancels them at the end of the grace. Then this function
+    goes on: runs have what is left of the grace; and the database commits what it was given, for a second at most.
+    """
+    log.setLevel(settings.log_level)
+    # An upload takes two descriptors; the usual soft limit of 1,024 would end at 500 of them.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS allows less than its hard limit says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 65536)), hard))
+    service = Service(settings, storage, pipeline)
+    tasks = [asyncio.create_task(work) for work in (
+        follow_server(service), repeat(service.worker.keep_leases, min(1.0, settings.lease_seconds / 4)),
+        repeat(service.remove_deleted_files, 0.5))]
+    try:
+        yield service
+    finally:
+        await service.worker.close()
+        for task in tasks:
+            task.cancel()
+        # Another process may hold the database's lock: the exit does not wait for it.
+        closing = threading.Thread(target=service.db.close, name="close", daemon=True)
+        closing.start()
+        closing.join(1)
 
 
 async def repeat(action: Callable[[], Awaitable[None]], seconds: float) -> None:
@@ -1224,8 +1247,7 @@ async def follow_server(service: Service) -> None:
     server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)  # its signal handler is a method
     if not isinstance(server, uvicorn.Server):
         return
-    grace = service.settings.shutdown_seconds
-    server.config.timeout_graceful_shutdown = grace  # type: ignore[assignment]
+    server.config.timeout_graceful_shutdown = service.settings.shutdown_seconds  # type: ignore[assignment]
     while not server.started:
         await asyncio.sleep(0.05)
     for listener in server.servers:
@@ -1233,7 +1255,7 @@ async def follow_server(service: Service) -> None:
             set_tcp_options(sock, service.settings.upload_idle_seconds)
     while not server.should_exit:
         await asyncio.sleep(0.1)
-    service.worker.stop(grace)
+    service.worker.stop()
 
 
 def set_tcp_options(listening: Any, idle_seconds: float) -> None:
@@ -1244,19 +1266,6 @@ def set_tcp_options(listening: Any, idle_seconds: float) -> None:
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(1000 * idle_seconds))
-
-
-async def shut_down(service: Service, tasks: list[asyncio.Task[None]]) -> None:
-    """What SIGTERM leads to. First `follow_server` sees it: long polls are answered, no more runs begin, and the grace
-    begins. Then uvicorn waits for open requests, and cancels them at the end of the grace. Here, runs have what is left
-    of it; and the database commits what it was given, for a second at most: another process may hold the lock."""
-    service.worker.stop(service.settings.shutdown_seconds)
-    await service.worker.close()
-    for task in tasks:
-        task.cancel()
-    closing = threading.Thread(target=service.db.close, name="close", daemon=True)  # the exit does not wait for it
-    closing.start()
-    await asyncio.to_thread(closing.join, 1)
 
 
 # Commands
