@@ -71,7 +71,7 @@ class TokenSigner:
         return hmac.digest(self._secret, b"name:" + name.encode(errors="surrogatepass"), "sha256").hex()
 
     def _verify(self, kind: str, token: str) -> Claims:
-        if not COMPACT_JWS.fullmatch(token):  # PyJWT also takes padded and very long ones
+        if not COMPACT_JWS.fullmatch(token):  # PyJWT takes variants of it: they would fill the cache
             raise InvalidToken("not a compact JWS")
         try:
             decoded = self._jwt.decode_complete(token, self._secret, ["HS256"], audience=ISSUER, issuer=ISSUER)

@@ -104,10 +104,6 @@ class Throttled(Exception):
     """Too many logins failed. `args[0]` is the number of seconds until the next login is looked at."""
 
 
-class TokenReused(Exception):
-    """The refresh token was used before, so somebody else may have it: its session has to end."""
-
-
 class RunLost(Exception):
     """The document no longer belongs to this run: it was deleted or taken over. Or the run has to end at a shutdown."""
 
@@ -175,7 +171,7 @@ class Write:
     """A write on its way to the disk. Whoever gives up waiting cancels `future`; then `operation` is not run, unless it
     was run already."""
 
-    operation: Callable[[], Any] = lambda: None  # of an upload: to be set when its file is published
+    operation: Callable[[], Any] = lambda: None  # of an upload: set when its file is published
     document_id: str | None = None  # of an upload; other writes have none
     future: Future[Any] = field(default_factory=Future)
     result: Any = None
@@ -265,10 +261,10 @@ class Database:
 
     # The publishers and the committer
 
-    def _publish(self, new: Write, publish: Callable[[], Document]) -> None:
+    def _prepare(self, new: Write, prepare: Callable[[], Document]) -> None:
         try:
             if not new.future.cancelled():
-                new.operation = functools.partial(self._add_document, publish())
+                new.operation = functools.partial(self._add_document, prepare())
         except BaseException as error:  # raised again by the future, where the caller waits
             new.error = error
         self._queue.put(new)
@@ -293,7 +289,7 @@ class Database:
         return [first, *(self._queue.get() for _ in range(min(self._queue.qsize(), MAX_BATCH - 1)))]
 
     def _sync_files(self, uploads: list[Write]) -> None:
-        """One sync for all. It is not retried: after a failed fsync the next may succeed for a name that was lost."""
+        """One sync for all. It is not retried: after a failed fsync the next may succeed though a name is lost."""
         try:
             if uploads:
                 self._sync()
@@ -420,25 +416,27 @@ class Database:
         return session if opened else None
 
     @write
-    def rotate(self, session_id: str, user_id: str, used_jti: str) -> Session | None:
-        """Exchanges a refresh token; None when there is no such session. The token before the one that is good now
-        gets the same successor again during REFRESH_GRACE. Any other token was used before: TokenReused."""
+    def rotate(self, session_id: str, user_id: str, used_jti: str) -> tuple[Session | None, bool]:
+        """Exchanges a refresh token: the session with the token that is good from now on, or None when there is no such
+        session; and whether it has ended, because the token was used before. The token before the one that is good now
+        gets the same successor again during REFRESH_GRACE."""
         row = self._w.execute(
             "SELECT session_id, user_id, username, refresh_jti, rotated_at, expires_at, previous_jti"
             " FROM sessions JOIN users USING (user_id) WHERE session_id = ? AND user_id = ?",
             (session_id, user_id)).fetchone()
         if row is None:
-            return None
+            return None, False
         session, now = Session(*row), time.time()
         if used_jti == session.refresh_jti:
             new = replace(session, refresh_jti=str(uuid.uuid4()), rotated_at=now)
             self._w.execute(
                 "UPDATE sessions SET previous_jti = refresh_jti, refresh_jti = ?, rotated_at = ? WHERE session_id = ?",
                 (new.refresh_jti, now, session_id))
-            return new
+            return new, False
         if used_jti == session.previous_jti and abs(now - session.rotated_at) < REFRESH_GRACE:
-            return session
-        raise TokenReused
+            return session, False
+        self._w.execute("DELETE FROM sessions WHERE session_id = ?", (session_id,))
+        return session, True
 
     @write
     def end_session(self, session_id: str, user_id: str) -> str | None:
@@ -450,12 +448,12 @@ class Database:
 
     # Documents
 
-    def add_document(self, document_id: str, publish: Callable[[], Document]) -> Future[Document]:
-        """Calls `publish` in a publisher: it publishes the file and returns the document to be added. The result is
-        that document, or the one that its owner uploaded under its key before. Raises what `publish` raises, and
+    def add_document(self, document_id: str, prepare: Callable[[], Document]) -> Future[Document]:
+        """Calls `prepare` in a publisher: it publishes the file and returns the document to be added. The result is
+        that document, or the one that its owner uploaded under its key before. Raises what `prepare` raises, and
         KeyReused when the known document differs. Whenever no row is added, the file is listed in `deleted_files`."""
         new = Write(document_id=document_id)
-        self._publishers.submit(self._publish, new, publish)
+        self._publishers.submit(self._prepare, new, prepare)
         return new.future
 
     def _add_document(self, new: Document) -> Document:
@@ -501,8 +499,8 @@ class Database:
             "DELETE FROM documents WHERE document_id = ? AND owner_id = ?", (document_id, owner_id)).rowcount == 1
 
     def deleted_files(self, limit: int = -1) -> list[str]:
-        """Ids of documents whose files are to be removed: all, or a random choice, so that a file that can't be
-        removed does not hold up others."""
+        """Ids of documents whose files are to be removed: all (to SQLite, -1 is no limit), or a random choice, so that
+        a file that can't be removed does not hold up others."""
         rows = self._r.execute(
             "SELECT document_id FROM (SELECT document_id FROM deleted_files LIMIT 10 * :limit)"
             " ORDER BY random() LIMIT :limit", {"limit": limit})
@@ -603,14 +601,13 @@ class Database:
         failed = self._w.execute(
             "UPDATE documents SET status = 'FAILED', run_id = NULL, message = :message, error = :error,"
             f" finished_at = :stamp, updated_at = :stamp WHERE {lost} AND attempts >= :max_attempts"
-            f" RETURNING {COLUMNS}", values)
+            f" RETURNING {COLUMNS}", values).fetchall()
         requeued = self._w.execute(
             "UPDATE documents SET run_id = NULL, progress = 0, started_at = NULL, message = 'waiting for a worker',"
-            f" updated_at = :stamp WHERE {lost} RETURNING {COLUMNS}", values)
-        documents = [Document(*row) for rows in (failed, requeued) for row in rows]
+            f" updated_at = :stamp WHERE {lost} RETURNING {COLUMNS}", values).fetchall()
         self._w.execute(
             "UPDATE documents SET queued_at = :stamp WHERE status = 'PROCESSING' AND run_id IS NULL"
             " AND queued_at > :stamp", values)
         (waiting,) = self._w.execute(
             "SELECT EXISTS (SELECT 1 FROM documents WHERE status = 'PROCESSING' AND run_id IS NULL)").fetchone()
-        return documents, bool(waiting)
+        return [Document(*row) for row in failed + requeued], bool(waiting)

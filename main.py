@@ -28,7 +28,6 @@ import logging.config
 import math
 import os
 import pkgutil
-import random
 import re
 import resource
 import secrets
@@ -69,10 +68,10 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import auth
-from db import (Database, Document, KeyReused, QueueFull, RunLost, Session, Status, Throttled, TokenReused,
+from db import (Database, Document, KeyReused, QueueFull, RunLost, Session, Status, Throttled,
                 UnusableDatabase, User, utc_now, utc_text)
 from storage import (DOCX, MEDIA_TYPES, PDF, BadDocument, Incoming, LocalStorage, Storage, check_is_whole, fsync_folder,
-                     private)
+                     make_folder, private)
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
@@ -303,12 +302,12 @@ class Problem(Exception):
         return Response(json.dumps(content), status, {**headers, **self.headers}, "application/problem+json")
 
 
-def invalid(msg: str, *loc: str) -> Problem:
-    return Problem("validation_error", errors=[{"loc": loc, "msg": msg}])
+def invalid(msg: str, *loc: str, code: str = "validation_error") -> Problem:
+    return Problem(code, errors=[{"loc": loc, "msg": msg}])
 
 
 def problem_of(request: Request, failure: BaseException) -> Problem:
-    """What an exception, be it ours or a library's, tells the client."""
+    """What an exception, be it ours or a library's, tells the client. What the operator has to know is logged."""
     match failure:
         case Problem():
             return failure
@@ -320,8 +319,7 @@ def problem_of(request: Request, failure: BaseException) -> Problem:
         case FormParserError():
             return Problem("malformed_body")
         case KeyReused():
-            errors = [{"loc": ["header", "Idempotency-Key"], "msg": "It was used for another file."}]
-            return Problem("idempotency_key_reused", errors=errors)
+            return invalid("It was used for another file.", "header", "Idempotency-Key", code="idempotency_key_reused")
         case Throttled():
             return Problem("too_many_attempts", headers={"Retry-After": str(math.ceil(failure.args[0]))})
         case QueueFull():
@@ -335,7 +333,7 @@ def problem_of(request: Request, failure: BaseException) -> Problem:
             return Problem("method_not_allowed", headers={"Allow": ", ".join(sorted(methods))})
         case HTTPException(status_code=404):
             return Problem("not_found")
-        case OSError() | sqlite3.Error():
+        case OSError() | sqlite3.Error():  # a TimeoutError is an OSError too
             log_event("storage_error", logging.ERROR, failure=failure)
             full = (getattr(failure, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
                     or getattr(failure, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL)
@@ -364,8 +362,6 @@ class RequestMiddleware:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        # Not os.urandom: at a system call another thread takes the GIL, which costs a tenth of a small upload's time.
-        self.random = random.Random()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -375,13 +371,13 @@ class RequestMiddleware:
         start, request = time.perf_counter(), Request(scope)
         request_id = request.headers.get("x-request-id", "")
         if not REQUEST_ID.fullmatch(request_id):
-            request_id = f"{self.random.getrandbits(128):032x}"
+            request_id = uuid.uuid4().hex
         request_id_of_context.set(request_id)
         exchange = Exchange(request, receive, send, request_id)
         # uvicorn leaves out the body of an answer to HEAD by itself.
         inner_scope = {**scope, "method": "GET", "head": True} if request.method == "HEAD" else scope
         try:
-            if exchange.must_drain and any(
+            if exchange.body_left and any(
                     coding.lower() != "identity" for coding in request.headers.getlist("content-encoding")):
                 raise Problem("unsupported_media_type", "Send the body without a Content-Encoding.")
             await self.app(inner_scope, exchange.receive, exchange.send)
@@ -390,7 +386,7 @@ class RequestMiddleware:
         except (Exception, asyncio.CancelledError) as failure:
             response = problem_of(request, failure).response()
             if isinstance(failure, asyncio.CancelledError):
-                exchange.must_drain = False  # the exit does not wait
+                exchange.body_left = False  # the exit does not wait
             if exchange.status:  # the answer has begun; uvicorn cuts it off
                 raise
             await response(scope, exchange.receive, exchange.send)
@@ -413,26 +409,26 @@ class Exchange:
     def __init__(self, request: Request, receive: Receive, send: Send, request_id: str) -> None:
         self._receive, self._send, self._request_id, headers = receive, send, request_id, request.headers
         self.status = 0  # of the answer, once that has begun
-        self.must_drain = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+        self.body_left = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
     async def receive(self) -> Message:
         message = await self._receive()
-        self.must_drain = message.get("more_body", False)
+        self.body_left = message.get("more_body", False)
         return message
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             if self.status == 408:
-                self.must_drain = False  # who was too slow is not waited for again
+                self.body_left = False  # who was too slow is not waited for again
             MutableHeaders(raw=message["headers"]).setdefault("Cache-Control", "no-store")
             message["headers"] += [(b"x-request-id", self._request_id.encode()), *SECURITY_HEADERS]
-            if self.must_drain:  # uvicorn may have answered a malformed body; after a turn of the loop it drops ours
+            if self.body_left:  # uvicorn answers a malformed body by itself; it does so in this turn of the loop
                 await asyncio.sleep(0)
-        elif self.must_drain and not message.get("more_body", False):
+        elif self.body_left and not message.get("more_body", False):
             await self._send({**message, "more_body": True})
             await self._drain()
-            if self.must_drain:  # uvicorn closes the connection of an answer without an end
+            if self.body_left:  # uvicorn closes the connection of an answer without an end
                 return
             message = {"type": "http.response.body"}
         await self._send(message)
@@ -441,7 +437,7 @@ class Exchange:
         drained = 0
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_SECONDS):
-                while self.must_drain and drained < DRAIN_BYTES:
+                while self.body_left and drained < DRAIN_BYTES:
                     drained += len((await self.receive()).get("body", b""))
 
 
@@ -497,10 +493,7 @@ def open_stores(settings: Settings, storage: Storage | None = None) -> tuple[Dat
     """The database, and the storage of the documents' files: the one given, or the folder `files`."""
     folder = settings.data_dir.absolute()  # a pipeline may change the current folder
     try:
-        for each in reversed([folder, *folder.parents]):
-            if not each.exists():
-                each.mkdir(mode=0o700, exist_ok=True)
-                fsync_folder(each.parent)
+        make_folder(folder)
         files = storage or LocalStorage(folder / "files")
         return Database(folder / "documents.db", files.sync, files.keys, files.parallel), files
     except OSError as error:
@@ -508,8 +501,7 @@ def open_stores(settings: Settings, storage: Storage | None = None) -> tuple[Dat
 
 
 def secret_file(db: Database, path: Path) -> str:
-    """The secret in this file, made when there is none. Of several processes at once, one makes it. To be called before
-    any write of this process: see `Database.lock`."""
+    """The secret in this file, made when there is none. Of several processes at once, one makes it."""
     with db.lock():
         if not path.exists() or not path.stat().st_size:
             path.unlink(missing_ok=True)  # an empty file may be open to others
@@ -730,7 +722,7 @@ async def receive_file(request: Request, incoming: Incoming) -> None:
             if incoming.held > min(HELD_BY_ONE, HELD_BY_ALL // service.open_uploads):
                 await run_in_threadpool(incoming.flush)
         form.end()
-    except Exception:
+    except Exception:  # but not when it is cancelled: the exit does not wait
         await run_in_threadpool(incoming.discard)
         raise
 
@@ -818,9 +810,9 @@ class Worker:
 
     async def keep_leases(self) -> None:
         """Gives a sign of life for the runs of this process, and takes over runs whose process gives none."""
-        lost, waiting = await committed(self._db.renew_leases(
+        taken_over, waiting = await committed(self._db.renew_leases(
             list(self._run_ids), self._settings.lease_seconds, self._settings.max_attempts))
-        for document in lost:
+        for document in taken_over:
             event = "process_failed" if document.status == Status.FAILED else "process_requeued"
             log_run(event, document, error="interrupted")
         for _ in range(self._settings.process_workers if waiting else 0):
@@ -911,8 +903,8 @@ async def upload(request: Request) -> Response:
         raise invalid("Use 1 to 128 visible ASCII characters.", "header", "Idempotency-Key")
     incoming = Incoming(service.storage, str(uuid.uuid4()))
 
-    def publish() -> Document:
-        incoming.publish()
+    def prepare() -> Document:
+        incoming.finish()
         now = utc_now()
         return Document(
             incoming.key, user.user_id, incoming.filename, incoming.media_type, incoming.size,
@@ -922,7 +914,7 @@ async def upload(request: Request) -> Response:
     try:
         await receive_file(request, incoming)
         # Many uploads that end at once wait for each other; on a slow disk that takes longer than any other write.
-        document = await committed(service.db.add_document(incoming.key, publish),
+        document = await committed(service.db.add_document(incoming.key, prepare),
                                    extra_seconds=4 * WRITE_SECONDS + incoming.size / SLOWEST_STORAGE)
     finally:
         service.open_uploads -= 1
@@ -1124,16 +1116,15 @@ async def login(request: Request) -> Tokens:
 async def refresh(request: Request) -> Tokens:
     """Replaces the refresh token. The old one gives the same successor for 10 seconds more, unless that was used;
     after that its use ends the session (RFC 9700, 4.14.2). Error: `invalid_grant`."""
-    service, sent, session = service_of(request), await read_fields(request, RefreshToken), None
+    service, sent = service_of(request), await read_fields(request, RefreshToken)
     try:
         used = service.signer.verify(auth.REFRESH, sent.refresh_token)
-        session = await committed(service.db.rotate(used.sid, used.sub, used.jti))
+        session, reused = await committed(service.db.rotate(used.sid, used.sub, used.jti))
     except auth.InvalidToken:
-        pass  # refused below
-    except TokenReused:
-        username = await committed(service.db.end_session(used.sid, used.sub))
-        log_event("token_reused", logging.WARNING, user=username, client=client_address(request))
-    if session is None:
+        session, reused = None, False
+    if session and reused:
+        log_event("token_reused", logging.WARNING, user=session.username, client=client_address(request))
+    if session is None or reused:
         raise Problem("invalid_grant", "The refresh token is invalid, expired, revoked or was used before.")
     request.state.username = session.username
     return tokens_of(service, session)

@@ -70,8 +70,7 @@ class LocalStorage:
 
     def __init__(self, folder: Path) -> None:
         self._folder = os.fspath(folder)
-        folder.mkdir(mode=0o700, exist_ok=True)
-        fsync_folder(folder.parent)
+        make_folder(folder)
         for path in folder.glob("*.part"):
             with contextlib.suppress(FileNotFoundError):  # another process removed or published it
                 if abs(time.time() - path.stat().st_mtime) > 86400:  # an upload may take an hour
@@ -119,6 +118,14 @@ class LocalStorage:
         return os.path.join(self._folder, key)
 
 
+def make_folder(folder: Path) -> None:
+    """Makes the folder, and those above it that are missing, for their owner alone."""
+    for each in reversed([folder, *folder.parents]):
+        if not each.exists():
+            each.mkdir(mode=0o700, exist_ok=True)
+            fsync_folder(each.parent)
+
+
 def fsync_folder(folder: str | Path) -> None:
     """Makes the names in this folder survive a power loss (fsync(2)), as far as the file system offers that."""
     with contextlib.suppress(PermissionError):  # a folder that may be entered but not listed
@@ -145,7 +152,7 @@ class Incoming:
         self.held = 0  # bytes of memory
         self._storage = storage
         self._pieces: list[bytes] = []
-        self._head: bytes | None = b""  # None once the content is known to begin as its media type does
+        self._head = b""  # the first 1,024 bytes
         self._file: BinaryIO | None = None
 
     def feed(self, piece: bytes) -> None:
@@ -153,17 +160,16 @@ class Incoming:
         self.size += len(piece)
         self._pieces.append(piece)
         self.held += len(piece) + 64  # a piece is a Python object too
-        if self._head is not None:
+        if len(self._head) < 1024:
             self._head = (self._head + piece)[:1024]
-            self._check_start(decided=len(self._head) >= (1024 if self.media_type == PDF else 8))
+            if len(self._head) == 1024:
+                self._check_start()
 
-    def _check_start(self, decided: bool) -> None:
-        head = self._head or b""
-        if b"%PDF-" in head if self.media_type == PDF else head.startswith(b"PK\x03\x04"):
-            self._head = None
-        elif decided:
-            raise BadDocument("This Office file is encrypted (or of the old .doc format)." if head.startswith(OLE_MAGIC)
-                              else "The content is not what the extension says.")
+    def _check_start(self) -> None:
+        if self._head.startswith(OLE_MAGIC):
+            raise BadDocument("This Office file is encrypted (or of the old .doc format).")
+        if not (b"%PDF-" in self._head if self.media_type == PDF else self._head.startswith(b"PK\x03\x04")):
+            raise BadDocument("The content is not what the extension says.")
 
     def flush(self) -> BinaryIO:
         """Writes the pieces that are held. The file, which can be read and written."""
@@ -176,18 +182,17 @@ class Incoming:
         self.held = 0
         return file
 
-    def publish(self) -> None:
+    def finish(self) -> None:
         """Writes the rest of the file and publishes it. Raises BadDocument unless it is a PDF or DOCX; of a file that
         can't be published nothing is left."""
         try:
-            if self._head is not None:
-                self._check_start(decided=True)
+            self._check_start()
             file = self.flush()
             if self.media_type == DOCX:
                 check_is_docx(file)
             self._storage.publish(self.key, file)
         except BaseException:
-            self.discard()
+            self.discard()  # now, as a full disk would refuse a row that lists the file for removal
             raise
 
     def discard(self) -> None:
