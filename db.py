@@ -92,6 +92,10 @@ class UnusableDatabase(Exception):
     """The file belongs to another program or to a later version of this one, or it was lost."""
 
 
+class InDoubt(sqlite3.Error):
+    """The commit failed half-way: nobody can tell whether the write is there."""
+
+
 class KeyReused(Exception):
     """The idempotency key was used before, with another file."""
 
@@ -300,12 +304,13 @@ class Database:
     def _commit_batch(self, batch: list[Write]) -> None:
         """One transaction for all. It also lists the files of uploads that failed before it."""
         try:
-            with self.lock(), self._w:  # which commits, or rolls back after an exception
+            with self.lock(), self._w:  # rolls back after an exception
                 self._w.execute("BEGIN IMMEDIATE")
                 for each in batch:
                     self._apply(each)
                 for document_id in self._failed_uploads:
                     self._list_deleted_file(document_id)
+                self._commit()
             self._failed_uploads.clear()
         except BaseException as error:
             for each in batch:
@@ -325,6 +330,14 @@ class Database:
             each.error = error
             self._w.execute("ROLLBACK TO operation")
         self._w.execute("RELEASE operation")
+
+    def _commit(self) -> None:
+        try:
+            self._w.execute("COMMIT")
+        except sqlite3.Error as error:
+            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:  # nothing was committed
+                raise
+            raise InDoubt(str(error)) from error
 
     def _settle(self, each: Write) -> None:
         if each.document_id and each.error:

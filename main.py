@@ -68,7 +68,7 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import auth
-from db import (Database, Document, KeyReused, QueueFull, RunLost, Session, Status, Throttled,
+from db import (Database, Document, InDoubt, KeyReused, QueueFull, RunLost, Session, Status, Throttled,
                 UnusableDatabase, User, utc_now, utc_text)
 from storage import (DOCX, MEDIA_TYPES, PDF, BadDocument, Incoming, LocalStorage, Storage, check_is_whole, fsync_folder,
                      make_folder, private)
@@ -710,21 +710,16 @@ def shown_filename(name: str) -> str:
 
 
 async def receive_file(request: Request, incoming: Incoming) -> None:
-    """Reads the body into `incoming`, and discards it when the body is refused. What an upload holds beyond its share
-    of memory is written in a thread."""
+    """Reads the body into `incoming`. What an upload holds beyond its share of memory is written in a thread."""
     service, form = service_of(request), MultipartFile(request.headers.get("content-type"), incoming)
-    try:
-        async for chunk in body_chunks(request, service.settings.max_upload_bytes + SMALL_BODY, UPLOAD_SECONDS):
-            form.feed(chunk)
-            del chunk  # a thousand uploads that wait for their next chunk would hold a lot
-            if incoming.size > service.settings.max_upload_bytes:
-                raise Problem("too_large")
-            if incoming.held > min(HELD_BY_ONE, HELD_BY_ALL // service.open_uploads):
-                await run_in_threadpool(incoming.flush)
-        form.end()
-    except Exception:  # but not when it is cancelled: the exit does not wait
-        await run_in_threadpool(incoming.discard)
-        raise
+    async for chunk in body_chunks(request, service.settings.max_upload_bytes + SMALL_BODY, UPLOAD_SECONDS):
+        form.feed(chunk)
+        del chunk  # a thousand uploads that wait for their next chunk would hold a lot
+        if incoming.size > service.settings.max_upload_bytes:
+            raise Problem("too_large")
+        if incoming.held > min(HELD_BY_ONE, HELD_BY_ALL // service.open_uploads):
+            await run_in_threadpool(incoming.flush)
+    form.end()
 
 
 # Processing
@@ -916,6 +911,11 @@ async def upload(request: Request) -> Response:
         # Many uploads that end at once wait for each other; on a slow disk that takes longer than any other write.
         document = await committed(service.db.add_document(incoming.key, prepare),
                                    extra_seconds=4 * WRITE_SECONDS + incoming.size / SLOWEST_STORAGE)
+    except (InDoubt, TimeoutError):  # the document may be there; if not, the database lists its file for removal
+        raise
+    except Exception:  # at once: a full disk has no room for that list
+        await run_in_threadpool(incoming.discard)
+        raise
     finally:
         service.open_uploads -= 1
     headers = {"Location": f"{path_prefix(request)}/documents/{document.document_id}"}

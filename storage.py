@@ -183,17 +183,12 @@ class Incoming:
         return file
 
     def finish(self) -> None:
-        """Writes the rest of the file and publishes it. Raises BadDocument unless it is a PDF or DOCX; of a file that
-        can't be published nothing is left."""
-        try:
-            self._check_start()
-            file = self.flush()
-            if self.media_type == DOCX:
-                check_is_docx(file)
-            self._storage.publish(self.key, file)
-        except BaseException:
-            self.discard()  # now, as a full disk would refuse a row that lists the file for removal
-            raise
+        """Writes the rest of the file and publishes it. Raises BadDocument unless it is a PDF or DOCX."""
+        self._check_start()
+        file = self.flush()
+        if self.media_type == DOCX:
+            check_is_docx(file)
+        self._storage.publish(self.key, file)
 
     def discard(self) -> None:
         """Removes what was written, published or not."""

@@ -1174,18 +1174,18 @@ def test_pdf_and_docx_are_accepted(client: httpx.Client, filename: str, content:
     assert processed(client, f"/documents/{document['document_id']}")["status"] == "COMPLETED"
 
 
-def test_the_same_idempotency_key_answers_the_first_document(client: httpx.Client) -> None:
-    key = {"Idempotency-Key": "key-1"}
-    with ThreadPoolExecutor(8) as pool:
+def test_the_same_idempotency_key_answers_the_first_document(tmp_path: Path) -> None:
+    key, settings = {"Idempotency-Key": "key-1"}, settings_in(tmp_path)
+    with running(settings) as client, ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda i: upload(client, PDF, f"{i}.pdf", **key), range(16)))
-    first, *again = sorted(answers, key=lambda answer: "Idempotency-Replayed" in answer.headers)
-    assert "Idempotency-Replayed" not in first.headers
-    for answer in again:
-        assert (answer.status_code, answer.json(), answer.headers["Location"]) == (
-            201, first.json(), first.headers["Location"])
-    other = upload(client, PDF + b"\n", "a.pdf", **key)
-    assert code_of(other) == (422, "idempotency_key_reused")
-    assert other.json()["errors"][0]["loc"] == ["header", "Idempotency-Key"]
+        first, *again = sorted(answers, key=lambda answer: "Idempotency-Replayed" in answer.headers)
+        assert "Idempotency-Replayed" not in first.headers and {answer.status_code for answer in again} == {201}
+        for answer in again:
+            assert (answer.json(), answer.headers["Location"]) == (first.json(), first.headers["Location"])
+        until(lambda: len(stored_files(settings)) == 1)
+        other = upload(client, PDF + b"\n", "a.pdf", **key)
+        assert code_of(other) == (422, "idempotency_key_reused") and len(stored_files(settings)) == 1
+        assert other.json()["errors"][0]["loc"] == ["header", "Idempotency-Key"]
 
 
 def test_list_is_newest_first_in_pages(tmp_path: Path) -> None:
@@ -2190,7 +2190,7 @@ def test_a_full_database_is_told_and_got_over(steps: Steps) -> None:
         for connection in steps.connections:
             connection.execute("PRAGMA max_page_count = 1")  # SQLite makes that the size it has
         answers = [upload(client).status_code for _ in range(100)]
-        assert set(answers) == {201, 507}
+        assert set(answers) == {201, 507} and len(stored_files(steps.settings)) == answers.count(201)
         for connection in steps.connections:
             connection.execute("PRAGMA max_page_count = 1000000")
         path = uploaded(client)
