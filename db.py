@@ -2,8 +2,8 @@
 
 One thread, the committer, owns the one connection that writes, and commits what waits in one transaction (group
 commit): the more writes wait, the fewer fsyncs each pays for. Methods marked `@write` run in the committer and return a
-Future; so does `add_document`, for which a pool thread publishes the file first, since that may take as long as the
-storage likes. All other methods read on the thread of their caller, in a server that of the event loop: there is
+Future; so does `add_document`, for which a publisher thread publishes the file first, since that may take as long as
+the storage likes. All other methods read on the thread of their caller, in a server that of the event loop: there is
 one connection for reading. Readers never wait for writers (WAL).
 """
 import contextlib
@@ -86,6 +86,9 @@ REFRESH_GRACE = 10.0  # seconds in which a refresh token may be used again
 MAX_SESSIONS = 50  # of one user
 INTERRUPTED = {"code": "interrupted", "message": "Every attempt was interrupted.", "retryable": True}
 MAX_BATCH = 500  # writes in a transaction
+# PROCESSING is one of two; the partial indexes have these conditions, word for word.
+WAITING = "status = 'PROCESSING' AND run_id IS NULL"
+RUNNING = "status = 'PROCESSING' AND run_id IS NOT NULL"
 
 
 class UnusableDatabase(Exception):
@@ -93,7 +96,7 @@ class UnusableDatabase(Exception):
 
 
 class InDoubt(sqlite3.Error):
-    """The commit failed half-way: nobody can tell whether the write is there."""
+    """Nobody can tell whether the write is there: the commit failed half-way, or did not end in time."""
 
 
 class KeyReused(Exception):
@@ -302,7 +305,8 @@ class Database:
                 each.error = error
 
     def _commit_batch(self, batch: list[Write]) -> None:
-        """One transaction for all. It also lists the files of uploads that failed before it."""
+        """One transaction for all. It also lists the files of uploads that failed before it. (The next batch comes
+        within a second, with `renew_leases`.)"""
         try:
             with self.lock(), self._w:  # rolls back after an exception
                 self._w.execute("BEGIN IMMEDIATE")
@@ -544,8 +548,7 @@ class Database:
         if document is None or document.status in (Status.PROCESSING, Status.COMPLETED):
             return document
         (waiting,) = self._w.execute(
-            "SELECT count(*) FROM documents WHERE status = 'PROCESSING' AND run_id IS NULL AND owner_id = ?",
-            (owner_id,)).fetchone()
+            f"SELECT count(*) FROM documents WHERE {WAITING} AND owner_id = ?", (owner_id,)).fetchone()
         if waiting >= max_queue:
             raise QueueFull
         now = utc_now()
@@ -560,18 +563,17 @@ class Database:
         """Assigns a waiting document to this new run and counts the attempt; None when nothing waits. It is the oldest
         document of the owner that has the fewest in work, so that owners take turns."""
         owner = self._w.execute(
-            "SELECT owner_id FROM documents AS waiting WHERE status = 'PROCESSING' AND run_id IS NULL"
-            " GROUP BY owner_id ORDER BY (SELECT count(*) FROM documents INDEXED BY documents_running"
-            " WHERE status = 'PROCESSING' AND run_id IS NOT NULL AND owner_id = waiting.owner_id), min(queued_at)"
-            " LIMIT 1").fetchone()
+            f"SELECT owner_id FROM documents AS waiting WHERE {WAITING} GROUP BY owner_id ORDER BY (SELECT count(*)"
+            f" FROM documents INDEXED BY documents_running WHERE {RUNNING} AND owner_id = waiting.owner_id),"
+            " min(queued_at) LIMIT 1").fetchone()
         if owner is None:
             return None
         now = utc_now()
         row = self._w.execute(
             "UPDATE documents SET run_id = ?, beat_at = ?, attempts = attempts + 1, progress = 0, message = 'started',"
-            " started_at = ?, updated_at = ? WHERE document_id = (SELECT document_id FROM documents WHERE owner_id = ?"
-            " AND status = 'PROCESSING' AND run_id IS NULL ORDER BY queued_at LIMIT 1)"
-            f" RETURNING {COLUMNS}", (run_id, time.time(), now, now, *owner)).fetchone()
+            " started_at = ?, updated_at = ? WHERE document_id = (SELECT document_id FROM documents"
+            f" WHERE {WAITING} AND owner_id = ? ORDER BY queued_at LIMIT 1) RETURNING {COLUMNS}",
+            (run_id, time.time(), now, now, *owner)).fetchone()
         return Document(*row)
 
     @write
@@ -604,11 +606,11 @@ class Database:
         """Records a sign of life for these runs. Runs whose last sign is older than the lease go back to the queue, or
         FAILED after the last attempt. Where a clock was set back, signs and queue times of the future are void. The
         documents of those runs, and whether any document waits."""
-        now, running = time.time(), "status = 'PROCESSING' AND run_id IS NOT NULL"
+        now = time.time()
         self._w.execute(
-            f"UPDATE documents SET beat_at = ? WHERE {running} AND run_id IN (SELECT value FROM json_each(?))",
+            f"UPDATE documents SET beat_at = ? WHERE {RUNNING} AND run_id IN (SELECT value FROM json_each(?))",
             (now, json.dumps(run_ids)))
-        lost = f"{running} AND beat_at NOT BETWEEN :oldest AND :latest"
+        lost = f"{RUNNING} AND beat_at NOT BETWEEN :oldest AND :latest"
         values = {"oldest": now - lease, "latest": now + lease, "max_attempts": max_attempts, "stamp": utc_now(),
                   "message": INTERRUPTED["message"], "error": json.dumps(INTERRUPTED)}
         failed = self._w.execute(
@@ -619,8 +621,6 @@ class Database:
             "UPDATE documents SET run_id = NULL, progress = 0, started_at = NULL, message = 'waiting for a worker',"
             f" updated_at = :stamp WHERE {lost} RETURNING {COLUMNS}", values).fetchall()
         self._w.execute(
-            "UPDATE documents SET queued_at = :stamp WHERE status = 'PROCESSING' AND run_id IS NULL"
-            " AND queued_at > :stamp", values)
-        (waiting,) = self._w.execute(
-            "SELECT EXISTS (SELECT 1 FROM documents WHERE status = 'PROCESSING' AND run_id IS NULL)").fetchone()
+            f"UPDATE documents SET queued_at = :stamp WHERE {WAITING} AND queued_at > :stamp", values)
+        (waiting,) = self._w.execute(f"SELECT EXISTS (SELECT 1 FROM documents WHERE {WAITING})").fetchone()
         return [Document(*row) for row in failed + requeued], bool(waiting)

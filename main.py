@@ -333,7 +333,7 @@ def problem_of(request: Request, failure: BaseException) -> Problem:
             return Problem("method_not_allowed", headers={"Allow": ", ".join(sorted(methods))})
         case HTTPException(status_code=404):
             return Problem("not_found")
-        case OSError() | sqlite3.Error():  # a TimeoutError is an OSError too
+        case OSError() | sqlite3.Error():
             log_event("storage_error", logging.ERROR, failure=failure)
             full = (getattr(failure, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
                     or getattr(failure, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL)
@@ -423,7 +423,7 @@ class Exchange:
                 self.body_left = False  # who was too slow is not waited for again
             MutableHeaders(raw=message["headers"]).setdefault("Cache-Control", "no-store")
             message["headers"] += [(b"x-request-id", self._request_id.encode()), *SECURITY_HEADERS]
-            if self.body_left:  # uvicorn answers a malformed body by itself; it does so in this turn of the loop
+            if self.body_left:  # uvicorn may have answered a malformed body; after a turn of the loop it ignores us
                 await asyncio.sleep(0)
         elif self.body_left and not message.get("more_body", False):
             await self._send({**message, "more_body": True})
@@ -514,10 +514,13 @@ def secret_file(db: Database, path: Path) -> str:
 
 
 async def committed(future: Future[T], extra_seconds: float = 0) -> T:
-    """What a write to the database returned, once it is on disk. After a TimeoutError the write is skipped, unless it
-    was run already."""
-    async with asyncio.timeout(WRITE_SECONDS + extra_seconds):
-        return await asyncio.wrap_future(future)
+    """What a write to the database returned, once it is on disk. Raises InDoubt when that takes too long; the write is
+    skipped then, unless it was run already."""
+    try:
+        async with asyncio.timeout(WRITE_SECONDS + extra_seconds):
+            return await asyncio.wrap_future(future)
+    except TimeoutError:
+        raise InDoubt("the write took too long") from None
 
 
 def service_of(request: Request) -> Service:
@@ -761,7 +764,7 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
 
 
 def wait_for_commit(future: Future[T]) -> T:
-    """As `committed`, but for threads."""
+    """As `committed`, but for threads. Raises TimeoutError when the write takes too long."""
     try:
         return future.result(WRITE_SECONDS)
     finally:
@@ -779,11 +782,11 @@ class Worker:
         self._db, self._storage, self._pipeline, self._settings = db, storage, pipeline, settings
         self._pool = ThreadPoolExecutor(settings.process_workers, "worker")
         self._run_ids: set[str] = set()  # of runs, and of claims under way
-        self._stop_at = math.inf  # the end of the grace (time.monotonic), once `stop` was called
+        self._grace_end = math.inf  # by time.monotonic(), once `stop` was called
 
     @property
     def stopping(self) -> bool:
-        return self._stop_at < math.inf
+        return self._grace_end < math.inf
 
     def wake(self) -> None:
         """A document waits: an idle thread looks for it, and a busy thread will when its run has ended. A thread that
@@ -794,12 +797,12 @@ class Worker:
     def stop(self) -> None:
         """Begins no more runs, and the grace for those that go on. What is unfinished then is taken over after its
         lease, like after a crash."""
-        self._stop_at = min(self._stop_at, time.monotonic() + self._settings.shutdown_seconds)
+        self._grace_end = min(self._grace_end, time.monotonic() + self._settings.shutdown_seconds)
 
     async def close(self) -> None:
-        """Waits for the runs, until the grace is over."""
+        """Waits for the runs until the grace is over. The process ends when their steps under way have ended too."""
         self.stop()
-        while self._run_ids and time.monotonic() < self._stop_at:
+        while self._run_ids and time.monotonic() < self._grace_end:
             await asyncio.sleep(0.02)
         self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -848,7 +851,7 @@ class Worker:
     def _call_pipeline(self, run_id: str, document: Document) -> str:
         """The result as JSON. Raises ProcessingFailed or RunLost."""
         def progress(percent: int, message: str) -> None:
-            if time.monotonic() > self._stop_at:
+            if time.monotonic() > self._grace_end:
                 raise RunLost
             percent = max(0, min(int(percent), 99))
             try:
@@ -911,7 +914,7 @@ async def upload(request: Request) -> Response:
         # Many uploads that end at once wait for each other; on a slow disk that takes longer than any other write.
         document = await committed(service.db.add_document(incoming.key, prepare),
                                    extra_seconds=4 * WRITE_SECONDS + incoming.size / SLOWEST_STORAGE)
-    except (InDoubt, TimeoutError):  # the document may be there; if not, the database lists its file for removal
+    except InDoubt:  # the document may be there; if not, the database lists its file for removal
         raise
     except Exception:  # at once: a full disk has no room for that list
         await run_in_threadpool(incoming.discard)

@@ -123,24 +123,24 @@ def make_folder(folder: Path) -> None:
     for each in reversed([folder, *folder.parents]):
         if not each.exists():
             each.mkdir(mode=0o700, exist_ok=True)
-            fsync_folder(each.parent)
+            with contextlib.suppress(PermissionError):  # the parent may be entered but not listed
+                fsync_folder(each.parent)
 
 
 def fsync_folder(folder: str | Path) -> None:
     """Makes the names in this folder survive a power loss (fsync(2)), as far as the file system offers that."""
-    with contextlib.suppress(PermissionError):  # a folder that may be entered but not listed
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-                raise
-        finally:
-            os.close(descriptor)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 class Incoming:
-    """One file on its way into the storage: its start and size are checked as it comes, then it is hashed and written.
+    """One file on its way into the storage. Its start is checked once 1,024 bytes, or all, have come.
 
     One method at a time. `feed` works in memory, so it fits an event loop; the others wait for the storage.
     """
