@@ -313,7 +313,7 @@ class Database:
                 for each in batch:
                     self._apply(each)
                 for document_id in self._failed_uploads:
-                    self._list_deleted_file(document_id)
+                    self._list_for_removal(document_id)
                 self._commit()
             self._failed_uploads.clear()
         except BaseException as error:
@@ -434,9 +434,9 @@ class Database:
 
     @write
     def rotate(self, session_id: str, user_id: str, used_jti: str) -> tuple[Session | None, bool]:
-        """Exchanges a refresh token: the session with the token that is good from now on, or None when there is no such
-        session; and whether it has ended, because the token was used before. The token before the one that is good now
-        gets the same successor again during REFRESH_GRACE."""
+        """Exchanges a refresh token: (session, reused). None: there is no such session. The token before the one that
+        is good now gets the same successor again during REFRESH_GRACE. Any other token was used before: reused. Then
+        the session is deleted, and returned only to tell whose it was."""
         row = self._w.execute(
             "SELECT session_id, user_id, username, refresh_jti, rotated_at, expires_at, previous_jti"
             " FROM sessions JOIN users USING (user_id) WHERE session_id = ? AND user_id = ?",
@@ -445,10 +445,10 @@ class Database:
             return None, False
         session, now = Session(*row), time.time()
         if used_jti == session.refresh_jti:
-            new = replace(session, refresh_jti=str(uuid.uuid4()), rotated_at=now)
+            new = replace(session, refresh_jti=str(uuid.uuid4()), previous_jti=used_jti, rotated_at=now)
             self._w.execute(
-                "UPDATE sessions SET previous_jti = refresh_jti, refresh_jti = ?, rotated_at = ? WHERE session_id = ?",
-                (new.refresh_jti, now, session_id))
+                "UPDATE sessions SET refresh_jti = ?, previous_jti = ?, rotated_at = ? WHERE session_id = ?",
+                (new.refresh_jti, used_jti, now, session_id))
             return new, False
         if used_jti == session.previous_jti and abs(now - session.rotated_at) < REFRESH_GRACE:
             return session, False
@@ -480,7 +480,7 @@ class Database:
         if known and known.sha256 != new.sha256:
             raise KeyReused
         if known:
-            self._list_deleted_file(new.document_id)
+            self._list_for_removal(new.document_id)
             return known
         values = tuple(vars(new).values())
         self._w.execute(f"INSERT INTO documents ({COLUMNS}) VALUES ({', '.join('?' * len(values))})", values)
@@ -527,7 +527,7 @@ class Database:
     def forget_files(self, document_ids: Sequence[str]) -> None:
         self._w.executemany("DELETE FROM deleted_files WHERE document_id = ?", [(each,) for each in document_ids])
 
-    def _list_deleted_file(self, document_id: str) -> None:
+    def _list_for_removal(self, document_id: str) -> None:
         """Lists the file of this document for removal, unless the document is there."""
         self._w.execute(
             "INSERT OR IGNORE INTO deleted_files SELECT :id WHERE NOT EXISTS"
