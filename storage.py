@@ -121,7 +121,7 @@ class LocalStorage:
 def make_folder(folder: Path) -> None:
     """Makes the folder, and those above it that are missing, for their owner alone."""
     for each in reversed([folder, *folder.parents]):
-        if not each.exists():
+        if each == folder or not each.exists():  # a start that crashed may have made it, and not synced its name
             each.mkdir(mode=0o700, exist_ok=True)
             with contextlib.suppress(PermissionError):  # the parent may be entered but not listed
                 fsync_folder(each.parent)
