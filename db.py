@@ -86,7 +86,7 @@ REFRESH_GRACE = 10.0  # seconds in which a refresh token may be used again
 MAX_SESSIONS = 50  # of one user
 INTERRUPTED = {"code": "interrupted", "message": "Every attempt was interrupted.", "retryable": True}
 MAX_BATCH = 500  # writes in a transaction
-# PROCESSING is one of two; the partial indexes have these conditions, word for word.
+# The two kinds of PROCESSING. The partial indexes have the same conditions.
 WAITING = "status = 'PROCESSING' AND run_id IS NULL"
 RUNNING = "status = 'PROCESSING' AND run_id IS NOT NULL"
 

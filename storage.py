@@ -166,10 +166,11 @@ class Incoming:
                 self._check_start()
 
     def _check_start(self) -> None:
+        if b"%PDF-" in self._head if self.media_type == PDF else self._head.startswith(b"PK\x03\x04"):
+            return
         if self._head.startswith(OLE_MAGIC):
             raise BadDocument("This Office file is encrypted (or of the old .doc format).")
-        if not (b"%PDF-" in self._head if self.media_type == PDF else self._head.startswith(b"PK\x03\x04")):
-            raise BadDocument("The content is not what the extension says.")
+        raise BadDocument("The content is not what the extension says.")
 
     def flush(self) -> BinaryIO:
         """Writes the pieces that are held. The file, which can be read and written."""
