@@ -973,7 +973,7 @@ async def get_one(document: OwnDocument) -> Document:
              status_code=202, response_model=StatusOut,
              responses={200: {"description": "COMPLETED already: the result stands", "model": StatusOut}})
 async def process(document_id: uuid.UUID, request: Request, response: Response, user: CurrentUser) -> Document:
-    """Idempotent: however many calls come, an UPLOADED or FAILED document gets one run. Errors: `not_found`,
+    """Idempotent: however many calls come, an UPLOADED or FAILED document is queued once. Errors: `not_found`,
     `queue_full`."""
     service, request_id = service_of(request), request_id_of_context.get() or ""
     document = or_404(await committed(service.db.enqueue(
@@ -1203,9 +1203,9 @@ async def running_service(
         settings: Settings, storage: Storage | None, pipeline: Pipeline | None) -> AsyncIterator[Service]:
     """The service, from its start to its end.
 
-    SIGTERM reaches `follow_server` first, which stops the worker: no more runs begin, long polls are answered, and the
-    grace begins. Then uvicorn waits for open requests, and cancels them at the end of the grace. Then this function
-    goes on: runs have what is left of the grace; and the database commits what it was given, for a second at most.
+    After SIGTERM, `follow_server` stops the worker within 0.1 s: no more runs begin, long polls are answered, and the
+    grace begins. uvicorn waits for open requests, and cancels them at the end of the grace. Then this function goes on:
+    runs have what is left of the grace; and the database commits what it was given, for a second at most.
     """
     log.setLevel(settings.log_level)
     # An upload takes two descriptors; the usual soft limit of 1,024 would end at 500 of them.
