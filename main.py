@@ -1225,7 +1225,7 @@ async def running_service(
         # Another process may hold the database's lock: the exit does not wait for it.
         closing = threading.Thread(target=service.db.close, name="close", daemon=True)
         closing.start()
-        closing.join(1)
+        await asyncio.to_thread(closing.join, 1)
 
 
 async def repeat(action: Callable[[], Awaitable[None]], seconds: float) -> None:
