@@ -119,7 +119,7 @@ class LocalStorage:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes the folder, and those above it that are missing, for their owner alone."""
+    """Makes the folder, and those above it that are missing, for their owner alone; the names survive a power loss."""
     for each in reversed([folder, *folder.parents]):
         if each == folder or not each.exists():  # a start that crashed may have made it, and not synced its name
             each.mkdir(mode=0o700, exist_ok=True)
@@ -161,7 +161,7 @@ class Incoming:
         self._pieces.append(piece)
         self.held += len(piece) + 64  # a piece is a Python object too
         if len(self._head) < 1024:
-            self._head = (self._head + piece)[:1024]
+            self._head += piece[:1024 - len(self._head)]
             if len(self._head) == 1024:
                 self._check_start()
 
