@@ -2,22 +2,22 @@
 
 One thread, the committer, owns the one connection that writes, and commits what waits in one transaction (group
 commit): the more writes wait, the fewer fsyncs each pays for. Methods marked `@write` run in the committer and return a
-Future; so does `add_document`, for which a publisher thread publishes the file first, since that may take as long as
-the storage likes. All other methods read on the thread of their caller, in a server that of the event loop: there is
-one connection for reading. Readers never wait for writers (WAL).
+Future. All other methods read on the thread of their caller, in a server that of the event loop: there is one
+connection for reading. Readers never wait for writers (WAL).
 """
 import contextlib
 import fcntl
 import functools
 import json
+import operator
 import os
 import sqlite3
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from concurrent.futures import Future
+from dataclasses import dataclass, fields, replace
 from datetime import datetime, timezone
 from enum import StrEnum
 from pathlib import Path
@@ -175,12 +175,11 @@ def utc_now() -> str:
 
 @dataclass(eq=False)
 class Write:
-    """A write on its way to the disk. Whoever gives up waiting cancels `future`; then `operation` is not run, unless it
-    was run already."""
+    """A write on its way to the disk, where `future` is done. Until the committer takes it, it can be cancelled."""
 
-    operation: Callable[[], Any] = lambda: None  # of an upload: set when its file is published
-    document_id: str | None = None  # of an upload; other writes have none
-    future: Future[Any] = field(default_factory=Future)
+    operation: Callable[[], Any]
+    future: Future[Any]
+    needs_sync: bool = False  # whether a file has to be durable before the commit
     result: Any = None
     error: BaseException | None = None
 
@@ -189,24 +188,30 @@ def write(method: Callable[Concatenate["Database", P], T]) -> Callable[Concatena
     """Runs the method in a transaction of the committer; its Future is done once the commit is on disk."""
     @functools.wraps(method)
     def submitted(self: "Database", /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        if self._closed:
-            raise sqlite3.ProgrammingError("the database is closed")
-        new = Write(functools.partial(method, self, *args, **kwargs))
-        self._queue.put(new)
-        return new.future
+        future: Future[T] = Future()
+        self._submit(Write(functools.partial(method, self, *args, **kwargs), future))
+        return future
     return submitted
+
+
+def settle(batch: list[Write]) -> None:
+    for each in batch:
+        if each.error:
+            each.future.set_exception(each.error)
+        else:
+            each.future.set_result(each.result)
 
 
 class Database:
     def __init__(self, path: Path, sync: Callable[[], None], keys: Callable[[], Iterator[str]],
-                 publishers: int) -> None:
-        """Opens or creates the file. `sync` makes durable what the uploads of a batch published, before its commit;
-        `keys` are those of the stored files; `publishers` is the number of threads that publish. Raises
-        UnusableDatabase, or sqlite3.Error or OSError when the file can't be opened."""
-        self._sync = sync
+                 call_soon: Callable[..., object] = operator.call) -> None:
+        """Opens or creates the file. `sync` makes the files of new documents durable, before their commit; `keys` are
+        those of the stored files; `call_soon` is a server's `loop.call_soon_threadsafe`: the futures of a batch are
+        settled in its event loop, which wakes up once, where a wake-up for each would slow down uploads by a tenth.
+        Raises UnusableDatabase, or sqlite3.Error or OSError when the file can't be opened."""
+        self._sync, self._call_soon = sync, call_soon
         self._queue: SimpleQueue[Write] = SimpleQueue()
         self._closed = False
-        self._failed_uploads: set[str] = set()  # which may have left a file without a row
         self._lock_path = path.with_name(path.name + ".lock")
         with self.lock():
             version = self._usable_version(path, keys)
@@ -214,7 +219,6 @@ class Database:
             self._w, self._r = (sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
                                 for _ in range(2))
             self._migrate(version)
-        self._publishers = ThreadPoolExecutor(publishers, "publisher")
         self._committer = threading.Thread(target=self._commit_forever, name="committer", daemon=True)
         self._committer.start()
 
@@ -256,44 +260,38 @@ class Database:
             os.close(lock_file)
 
     def close(self) -> None:
-        """Finishes what was submitted, except uploads that wait for a publisher. Under the lock, since closing a
-        connection checkpoints too."""
-        self._publishers.shutdown(cancel_futures=True)
+        """Finishes what was submitted. Under the lock, since closing a connection checkpoints too."""
         self._closed = True
-        self._queue.put(Write())  # wakes the committer
+        self._queue.put(Write(lambda: None, Future()))  # wakes the committer
         self._committer.join()
         with self.lock():
             self._r.close()
             self._w.close()
 
-    # The publishers and the committer
+    # The committer
 
-    def _prepare(self, new: Write, prepare: Callable[[], Document]) -> None:
-        try:
-            if not new.future.cancelled():
-                new.operation = functools.partial(self._add_document, prepare())
-        except BaseException as error:  # raised again by the future, where the caller waits
-            new.error = error
+    def _submit(self, new: Write) -> None:
+        if self._closed:
+            raise sqlite3.ProgrammingError("the database is closed")
         self._queue.put(new)
 
     def _commit_forever(self) -> None:
         batch: list[Write] = []
         while not (self._closed and self._queue.empty()):
             batch = self._next_batch(expected=len(batch))
-            self._sync_files([each for each in batch if each.document_id and not each.error])
+            self._sync_files([each for each in batch if each.needs_sync])
             self._commit_batch([each for each in batch if not each.error])
-            for each in batch:
-                self._settle(each)
-        self._commit_batch([])  # for the files of uploads that failed last
+            self._call_soon(settle, batch)
 
     def _next_batch(self, expected: int) -> list[Write]:
         """Waits for a write, and then up to 10 ms for as many as came last time: clients that wrote together tend to do
-        so again, and share the fsyncs."""
-        first = self._queue.get()
+        so again, and share the fsyncs. Cancelled writes are left out."""
+        waiting = [self._queue.get()]
         for _ in range(10):
             if 1 + self._queue.qsize() < expected:
                 time.sleep(0.001)
-        return [first, *(self._queue.get() for _ in range(min(self._queue.qsize(), MAX_BATCH - 1)))]
+        waiting += [self._queue.get() for _ in range(min(self._queue.qsize(), MAX_BATCH - 1))]
+        return [each for each in waiting if each.future.running() or each.future.set_running_or_notify_cancel()]
 
     def _sync_files(self, uploads: list[Write]) -> None:
         """One sync for all. It is not retried: after a failed fsync the next may succeed though a name is lost."""
@@ -305,26 +303,18 @@ class Database:
                 each.error = error
 
     def _commit_batch(self, batch: list[Write]) -> None:
-        """One transaction for all. It also lists the files of uploads that failed before it. (The next batch comes
-        within a second, with `renew_leases`.)"""
         try:
             with self.lock(), self._w:  # rolls back after an exception
                 self._w.execute("BEGIN IMMEDIATE")
                 for each in batch:
                     self._apply(each)
-                for document_id in self._failed_uploads:
-                    self._list_for_removal(document_id)
                 self._commit()
-            self._failed_uploads.clear()
         except BaseException as error:
             for each in batch:
                 each.error = error
 
     def _apply(self, each: Write) -> None:
         """Runs the operation. When it breaks, it is undone alone."""
-        if each.future.cancelled():
-            each.error = CancelledError()  # so that the file of an upload is listed
-            return
         self._w.execute("SAVEPOINT operation")
         try:
             each.result = each.operation()
@@ -342,16 +332,6 @@ class Database:
             if error.sqlite_errorcode == sqlite3.SQLITE_FULL:  # nothing was committed
                 raise
             raise InDoubt(str(error)) from error
-
-    def _settle(self, each: Write) -> None:
-        if each.document_id and each.error:
-            self._failed_uploads.add(each.document_id)
-        if not each.future.set_running_or_notify_cancel():
-            return  # the caller has given up
-        if each.error:
-            each.future.set_exception(each.error)
-        else:
-            each.future.set_result(each.result)
 
     @write
     def check_writable(self) -> None:
@@ -465,13 +445,11 @@ class Database:
 
     # Documents
 
-    def add_document(self, document_id: str, prepare: Callable[[], Document]) -> Future[Document]:
-        """Calls `prepare` in a publisher: it publishes the file and returns the document to be added. The result is
-        that document, or the one that its owner uploaded under its key before. Raises what `prepare` raises, and
-        KeyReused when the known document differs. Whenever no row is added, the file is listed in `deleted_files`."""
-        new = Write(document_id=document_id)
-        self._publishers.submit(self._prepare, new, prepare)
-        return new.future
+    def add_document(self, new: Document, added: Future[Document]) -> None:
+        """Adds the document of a file that is published. The result of `added` is that document, or the one that its
+        owner uploaded under its key before; then the new file is listed for removal. KeyReused if those files differ.
+        """
+        self._submit(Write(functools.partial(self._add_document, new), added, needs_sync=True))
 
     def _add_document(self, new: Document) -> Document:
         known = None
@@ -480,7 +458,7 @@ class Database:
         if known and known.sha256 != new.sha256:
             raise KeyReused
         if known:
-            self._list_for_removal(new.document_id)
+            self._w.execute("INSERT INTO deleted_files VALUES (?)", (new.document_id,))
             return known
         values = tuple(vars(new).values())
         self._w.execute(f"INSERT INTO documents ({COLUMNS}) VALUES ({', '.join('?' * len(values))})", values)
@@ -526,12 +504,6 @@ class Database:
     @write
     def forget_files(self, document_ids: Sequence[str]) -> None:
         self._w.executemany("DELETE FROM deleted_files WHERE document_id = ?", [(each,) for each in document_ids])
-
-    def _list_for_removal(self, document_id: str) -> None:
-        """Lists the file of this document for removal, unless the document is there."""
-        self._w.execute(
-            "INSERT OR IGNORE INTO deleted_files SELECT :id WHERE NOT EXISTS"
-            " (SELECT 1 FROM documents WHERE document_id = :id)", {"id": document_id})
 
     def result(self, document_id: str) -> str | None:
         """What the pipeline returned, as JSON; None when the document is not COMPLETED or has just been deleted."""

@@ -26,6 +26,7 @@ import json
 import logging
 import logging.config
 import math
+import operator
 import os
 import pkgutil
 import re
@@ -57,7 +58,7 @@ from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
 from fastapi.security import OAuth2PasswordBearer
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Json, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Json, ValidationError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, MultipartState, parse_options_header
 from starlette.concurrency import run_in_threadpool
@@ -235,7 +236,7 @@ class ResultOut(BaseModel):
     document_id: DocumentId
     status: Status
     completed_at: Timestamp
-    result: Json[Any]
+    result: Any
 
 
 class Health(BaseModel):
@@ -385,8 +386,6 @@ class RequestMiddleware:
             exchange.status = 499  # nobody is left to answer; what nginx logs
         except (Exception, asyncio.CancelledError) as failure:
             response = problem_of(request, failure).response()
-            if isinstance(failure, asyncio.CancelledError):
-                exchange.drains = False  # the exit does not wait
             if exchange.status:  # the answer has begun; uvicorn cuts it off
                 raise
             await response(scope, exchange.receive, exchange.send)
@@ -410,7 +409,6 @@ class Exchange:
         self._receive, self._send, self._request_id, headers = receive, send, request_id, request.headers
         self.status = 0  # of the answer, once that has begun
         self.body_left = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
-        self.drains = True  # whether the end of the answer waits for the rest of the body
 
     async def receive(self) -> Message:
         message = await self._receive()
@@ -420,13 +418,13 @@ class Exchange:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            if self.status == 408:
-                self.drains = False  # who was too slow is not waited for again
+            if self.status == 408:  # a client that was too slow is not waited for again
+                self.body_left = False
             MutableHeaders(raw=message["headers"]).setdefault("Cache-Control", "no-store")
             message["headers"] += [(b"x-request-id", self._request_id.encode()), *SECURITY_HEADERS]
             if self.body_left:  # uvicorn may have answered a malformed body; after a turn of the loop it ignores us
                 await asyncio.sleep(0)
-        elif self.body_left and self.drains and not message.get("more_body", False):
+        elif self.body_left and not message.get("more_body", False):
             await self._send({**message, "more_body": True})
             await self._drain()
             if self.body_left:  # uvicorn closes the connection of an answer without an end
@@ -460,20 +458,41 @@ class Service:
     """What the routes work with; made by the lifespan, found by `service_of`."""
 
     def __init__(self, settings: Settings, storage: Storage | None, pipeline: "Pipeline | None") -> None:
-        self.settings, folder = settings, settings.data_dir
-        self.db, self.storage = open_stores(settings, storage)
-        self.signer = auth.TokenSigner(settings.jwt_secret or secret_file(self.db, folder / "jwt-secret").encode())
+        self.settings = settings
+        self.call_soon = asyncio.get_running_loop().call_soon_threadsafe
+        self.db, self.storage = open_stores(settings, storage, self.call_soon)
+        secret = settings.jwt_secret or secret_file(self.db, settings.data_dir / "jwt-secret").encode()
+        self.signer = auth.TokenSigner(secret)
+        self.publishers = ThreadPoolExecutor(self.storage.parallel, "publisher")
         self.open_uploads = 0
         self.password_checks = asyncio.Semaphore(2)  # scrypt takes 16 MiB and a processor
         self.logins: Counter[str] = Counter()  # under way, by throttle key
-        if not self.db.has_users():
-            file = folder / "initial-password"
-            password = settings.admin_password or secret_file(self.db, file)
-            if self.db.add_first_user(settings.admin_username, auth.hash_password(password)).result():
-                log_event("first_user_added", user=settings.admin_username, password_is_in=(
-                    "DOCS_ADMIN_PASSWORD" if settings.admin_password else str(file)))
         self.worker = Worker(self.db, self.storage, pipeline or functools.partial(
             simulated_pipeline, seconds=settings.process_seconds), settings)
+
+    async def add_first_user(self) -> None:
+        """Adds the administrator where there is no user at all."""
+        if self.db.has_users():
+            return
+        name, file = self.settings.admin_username, self.settings.data_dir / "initial-password"
+        password = self.settings.admin_password or secret_file(self.db, file)
+        if await committed(self.db.add_first_user(name, auth.hash_password(password))):
+            source = "DOCS_ADMIN_PASSWORD" if self.settings.admin_password else str(file)
+            log_event("first_user_added", user=name, password_is_in=source)
+
+    def store(self, incoming: Incoming, owner_id: str, idempotency_key: str | None, stored: Future[Document]) -> None:
+        """Publishes a file and adds its document, in a publisher thread. `stored` is done when both are on disk. From
+        here on it can't be cancelled, as that would leave a file without a document."""
+        if not stored.set_running_or_notify_cancel():
+            return
+        try:
+            incoming.finish()
+            now = utc_now()
+            self.db.add_document(Document(
+                incoming.key, owner_id, incoming.filename, incoming.media_type, incoming.size,
+                incoming.sha256.hexdigest(), Status.UPLOADED, now, now, idempotency_key=idempotency_key), stored)
+        except BaseException as error:  # is raised where `stored` is awaited
+            self.call_soon(stored.set_exception, error)
 
     async def remove_deleted_files(self) -> None:
         """Removes the files of deleted documents, whatever process deleted the documents. The first failure ends the
@@ -489,14 +508,20 @@ class Service:
             await run_in_threadpool(self.storage.sync)
             await committed(self.db.forget_files(removed))
 
+    def close(self) -> None:
+        """Finishes the uploads and writes that were begun."""
+        self.publishers.shutdown(cancel_futures=True)
+        self.db.close()
 
-def open_stores(settings: Settings, storage: Storage | None = None) -> tuple[Database, Storage]:
+
+def open_stores(settings: Settings, storage: Storage | None = None,
+                call_soon: Callable[..., object] = operator.call) -> tuple[Database, Storage]:
     """The database, and the storage of the documents' files: the one given, or the folder `files`."""
     folder = settings.data_dir.absolute()  # a pipeline may change the current folder
     try:
         make_folder(folder)
         files = storage or LocalStorage(folder / "files")
-        return Database(folder / "documents.db", files.sync, files.keys, files.parallel), files
+        return Database(folder / "documents.db", files.sync, files.keys, call_soon), files
     except OSError as error:
         raise ValueError(f"DOCS_DATA_DIR: should be a folder that can be used ({error.strerror})") from error
 
@@ -515,13 +540,17 @@ def secret_file(db: Database, path: Path) -> str:
 
 
 async def committed(future: Future[T], extra_seconds: float = 0) -> T:
-    """What a write to the database returned, once it is on disk. Raises InDoubt when that takes too long; the write is
-    skipped then, unless it was run already."""
+    """What a write to the database returned, once it is on disk. Raises InDoubt when that takes too long: then a write
+    that has not begun is cancelled."""
+    done = asyncio.Event()
+    future.add_done_callback(lambda _: done.set())  # the event loop calls it: see `call_soon`
     try:
         async with asyncio.timeout(WRITE_SECONDS + extra_seconds):
-            return await asyncio.wrap_future(future)
+            await done.wait()
     except TimeoutError:
+        future.cancel()
         raise InDoubt("the write took too long") from None
+    return future.result()
 
 
 def service_of(request: Request) -> Service:
@@ -728,7 +757,6 @@ async def receive_file(request: Request, incoming: Incoming) -> None:
 
 # Processing
 
-RESULT: TypeAdapter[Any] = TypeAdapter(Json[Any])
 Progress = Callable[[int, str], None]
 Pipeline = Callable[[BinaryIO, Document, Progress], Any]
 
@@ -762,14 +790,6 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
         "keywords": ["simulated", "document", "lifecycle"],
         "source": {"size": document.size, "sha256": document.sha256},
     }
-
-
-def wait_for_commit(future: Future[T]) -> T:
-    """As `committed`, but for threads. Raises TimeoutError when the write takes too long."""
-    try:
-        return future.result(WRITE_SECONDS)
-    finally:
-        future.cancel()  # does nothing to one that is done
 
 
 class Worker:
@@ -823,7 +843,7 @@ class Worker:
             run_id = uuid.uuid4().hex
             self._run_ids.add(run_id)
             try:
-                document = wait_for_commit(self._db.claim(run_id))
+                document = self._db.claim(run_id).result(WRITE_SECONDS)
                 if document is None:
                     return
                 self._run(run_id, document)
@@ -843,10 +863,11 @@ class Worker:
         try:
             result = self._call_pipeline(run_id, document)
         except ProcessingFailed as failure:
-            wait_for_commit(self._db.fail(run_id, document_id, failure.code, failure.message, failure.retryable))
+            failed = self._db.fail(run_id, document_id, failure.code, failure.message, failure.retryable)
+            failed.result(WRITE_SECONDS)
             log_run("process_failed", document, start, failure=failure.__cause__, error=failure.code)
         else:
-            wait_for_commit(self._db.complete(run_id, document_id, result))
+            self._db.complete(run_id, document_id, result).result(WRITE_SECONDS)
             log_run("process_completed", document, start)
 
     def _call_pipeline(self, run_id: str, document: Document) -> str:
@@ -856,7 +877,7 @@ class Worker:
                 raise RunLost
             percent = max(0, min(int(percent), 99))
             try:
-                wait_for_commit(self._db.record_progress(run_id, document.document_id, percent, message))
+                self._db.record_progress(run_id, document.document_id, percent, message).result(WRITE_SECONDS)
             except (sqlite3.Error, OSError) as failure:  # no fault of the pipeline, and no harm
                 log_event("storage_error", logging.ERROR, failure=failure)
 
@@ -866,9 +887,7 @@ class Worker:
             raise ProcessingFailed("file_missing", "The stored file is gone.", retryable=False) from failure
         try:
             with file:
-                result = json.dumps(self._pipeline(file, document, progress), allow_nan=False, ensure_ascii=False)
-            RESULT.validate_python(result)  # what can't be read again: lone surrogates, 200 levels and more
-            return result
+                return json.dumps(self._pipeline(file, document, progress), allow_nan=False)
         except (RunLost, ProcessingFailed):
             raise
         except BaseException as failure:  # even a sys.exit of the pipeline makes FAILED
@@ -900,24 +919,16 @@ async def upload(request: Request) -> Response:
     idempotency_key = request.headers.get("idempotency-key")
     if idempotency_key is not None and not re.fullmatch(IDEMPOTENCY_KEY, idempotency_key):
         raise invalid("Use 1 to 128 visible ASCII characters.", "header", "Idempotency-Key")
-    incoming = Incoming(service.storage, str(uuid.uuid4()))
-
-    def prepare() -> Document:
-        incoming.finish()
-        now = utc_now()
-        return Document(
-            incoming.key, user.user_id, incoming.filename, incoming.media_type, incoming.size,
-            incoming.sha256.hexdigest(), Status.UPLOADED, now, now, idempotency_key=idempotency_key)
-
+    incoming, stored = Incoming(service.storage, str(uuid.uuid4())), Future[Document]()
     service.open_uploads += 1
     try:
         await receive_file(request, incoming)
+        service.publishers.submit(service.store, incoming, user.user_id, idempotency_key, stored)
         # Many uploads that end at once wait for each other; on a slow disk that takes longer than any other write.
-        document = await committed(service.db.add_document(incoming.key, prepare),
-                                   extra_seconds=4 * WRITE_SECONDS + incoming.size / SLOWEST_STORAGE)
-    except InDoubt:  # the document may be there; if not, the database lists its file for removal
+        document = await committed(stored, extra_seconds=4 * WRITE_SECONDS + incoming.size / SLOWEST_STORAGE)
+    except InDoubt:  # the document may be there, or may come
         raise
-    except Exception:  # at once: a full disk has no room for that list
+    except Exception:
         await run_in_threadpool(incoming.discard)
         raise
     finally:
@@ -991,12 +1002,9 @@ async def process(document_id: uuid.UUID, request: Request, response: Response, 
 async def get_status(document: OwnDocument, request: Request, response: Response,
                      wait: Annotated[float, Query(ge=0, le=30, description="seconds")] = 0) -> Document:
     """With `wait` it answers when processing ends, or after that time. Error: `not_found`."""
-    service, end, turns = service_of(request), time.monotonic() + wait, 0
+    service, end = service_of(request), time.monotonic() + wait
     while document.status == Status.PROCESSING and time.monotonic() < end and not service.worker.stopping:
         await asyncio.sleep(0.1)
-        turns += 1
-        if turns % 10 == 0 and await request.is_disconnected():
-            raise ClientDisconnect
         document = or_404(service.db.document(document.document_id, document.owner_id))
     if document.status == Status.PROCESSING:
         response.headers.update(SOON)
@@ -1005,7 +1013,7 @@ async def get_status(document: OwnDocument, request: Request, response: Response
 
 @router.get("/documents/{document_id:uuid}/result", tags=["processing"], summary="Get the result of processing",
             response_model=ResultOut)
-async def get_result(document: OwnDocument, request: Request) -> dict[str, Any]:
+async def get_result(document: OwnDocument, request: Request) -> Response:
     """What the pipeline made of a COMPLETED document. Errors: `not_found`, `not_processed`, `still_processing`,
     `processing_failed`."""
     if document.status != Status.COMPLETED:
@@ -1013,8 +1021,9 @@ async def get_result(document: OwnDocument, request: Request) -> dict[str, Any]:
             document.status]
         raise Problem(code, **({"error": json.loads(document.error)} if document.error else {}))
     result = or_404(service_of(request).db.result(document.document_id))  # else it was deleted a moment ago
-    return {"document_id": document.document_id, "status": document.status, "completed_at": document.finished_at,
-            "result": result}
+    others = json.dumps({
+        "document_id": document.document_id, "status": document.status, "completed_at": document.finished_at})
+    return Response(f'{others[:-1]}, "result": {result}}}', media_type="application/json")
 
 
 BINARY = {"schema": {"type": "string", "format": "binary"}, "example": "%PDF-1.7 ..."}
@@ -1028,8 +1037,7 @@ BINARY = {"schema": {"type": "string", "format": "binary"}, "example": "%PDF-1.7
 async def get_file(document: OwnDocument, request: Request) -> Response:
     """The bytes that were uploaded, with their SHA-256 as ETag. Errors: `not_found`, `file_missing`."""
     headers = {"ETag": f'"{document.sha256}"', "Cache-Control": "private, no-cache"}
-    known = ",".join(request.headers.getlist("if-none-match"))
-    if known.strip() == "*" or headers["ETag"] in known:
+    if headers["ETag"] in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
     try:
         file = await run_in_threadpool(service_of(request).storage.open, document.document_id)
@@ -1213,6 +1221,7 @@ async def running_service(
     with contextlib.suppress(ValueError, OSError):  # macOS allows less than its hard limit says
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 65536)), hard))
     service = Service(settings, storage, pipeline)
+    await service.add_first_user()
     tasks = [asyncio.create_task(work) for work in (
         follow_server(service), repeat(service.worker.keep_leases, min(1.0, settings.lease_seconds / 4)),
         repeat(service.remove_deleted_files, 0.5))]
@@ -1223,7 +1232,7 @@ async def running_service(
         for task in tasks:
             task.cancel()
         # Another process may hold the database's lock: the exit does not wait for it.
-        closing = threading.Thread(target=service.db.close, name="close", daemon=True)
+        closing = threading.Thread(target=service.close, name="close", daemon=True)
         closing.start()
         await asyncio.to_thread(closing.join, 1)
 
