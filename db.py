@@ -85,7 +85,6 @@ SESSION_SECONDS = 30 * 86400.0
 REFRESH_GRACE = 10.0  # seconds in which a refresh token may be used again
 MAX_SESSIONS = 50  # of one user
 INTERRUPTED = {"code": "interrupted", "message": "Every attempt was interrupted.", "retryable": True}
-MAX_BATCH = 500  # writes in a transaction
 # The two kinds of PROCESSING. The partial indexes have the same conditions.
 WAITING = "status = 'PROCESSING' AND run_id IS NULL"
 RUNNING = "status = 'PROCESSING' AND run_id IS NOT NULL"
@@ -290,7 +289,7 @@ class Database:
         for _ in range(10):
             if 1 + self._queue.qsize() < expected:
                 time.sleep(0.001)
-        waiting += [self._queue.get() for _ in range(min(self._queue.qsize(), MAX_BATCH - 1))]
+        waiting += [self._queue.get() for _ in range(self._queue.qsize())]
         return [each for each in waiting if each.future.running() or each.future.set_running_or_notify_cancel()]
 
     def _sync_files(self, uploads: list[Write]) -> None:

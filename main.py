@@ -18,7 +18,6 @@ This is the only module that knows HTTP, the environment and the log.
 import argparse
 import asyncio
 import contextlib
-import encodings.aliases
 import errno
 import functools
 import getpass
@@ -28,7 +27,6 @@ import logging.config
 import math
 import operator
 import os
-import pkgutil
 import re
 import resource
 import secrets
@@ -148,7 +146,7 @@ LOGGING = {  # for logging.config.dictConfig
     "handlers": {"stdout": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout", "formatter": "json"}},
     "root": {"handlers": ["stdout"], "level": "INFO"},
     "loggers": {
-        "uvicorn": {"handlers": [], "propagate": True}, "uvicorn.error": {},
+        "uvicorn": {"handlers": [], "propagate": True},
         # The `request` event says it better, and without the query.
         "uvicorn.access": {"handlers": [], "propagate": False}}}
 
@@ -626,7 +624,7 @@ async def body_chunks(request: Request, limit: int, seconds: float) -> AsyncIter
 
 
 async def read_fields(request: Request, model: type[Model]) -> Model:
-    """A small body, JSON or an HTML form, as this model. Raises Problem or RequestValidationError."""
+    """A small body, JSON or an HTML form, as this model."""
     media_type, _ = parse_options_header(request.headers.get("content-type"))
     if media_type not in (b"application/json", b"application/x-www-form-urlencoded"):
         raise Problem("unsupported_media_type", "Send application/json or application/x-www-form-urlencoded.")
@@ -640,8 +638,8 @@ async def read_fields(request: Request, model: type[Model]) -> Model:
             raise invalid("A field occurs more than once.", "body")
         return model.model_validate(dict(pairs))
     except ValidationError as failure:
-        errors = [{**error, "loc": ("body", *error["loc"])} for error in failure.errors()]
-        raise RequestValidationError(errors) from None
+        errors = [{"loc": ("body", *error["loc"]), "msg": error["msg"]} for error in failure.errors()]
+        raise Problem("validation_error", errors=errors) from None
 
 
 class MultipartFile:
@@ -708,26 +706,16 @@ class MultipartFile:
             self._incoming.feed(data[start:end])
 
 
-CHARSETS = {module.name for module in pkgutil.iter_modules(encodings.__path__)} | set(encodings.aliases.aliases)
-
-
-def decoded(content: bytes, charset: str) -> str:
-    """Raises LookupError for a charset that Python does not know; `bytes.decode` would keep its name for ever."""
-    if charset.lower().replace("-", "_") not in CHARSETS:
-        raise LookupError(charset)
-    return content.decode(charset)
-
-
 def decoded_filename(options: Mapping[bytes, bytes]) -> str:
     """`filename*` (RFC 8187), or `filename`: one encoded word (RFC 2047) or UTF-8. What can't be decoded stays."""
     plain = options.get(b"filename", b"")[-4096:].decode(errors="replace")
     extended = options.get(b"filename_", b"")[-4096:].split(b"'")
     with contextlib.suppress(ValueError, LookupError, HeaderParseError):
         if len(extended) == 3:
-            return decoded(unquote_to_bytes(extended[2]), extended[0].decode())
+            return unquote_to_bytes(extended[2]).decode(extended[0].decode())
         if re.fullmatch(r"=\?[^?\s]+\?[BbQq]\?[^?\s]*\?=", plain):
             content, charset = cast(tuple[bytes, str], decode_header(plain)[0])
-            return decoded(content, charset)
+            return content.decode(charset)
     return plain
 
 

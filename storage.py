@@ -283,13 +283,7 @@ def content_types(archive: zipfile.ZipFile) -> dict[str, str]:
     def on_doctype(*_: object) -> NoReturn:  # OPC forbids DTDs; without one there are no entities to expand
         raise BadDocument("[Content_Types].xml has a DTD.")
 
-    def on_declaration(version: str, encoding: str | None, standalone: int) -> None:
-        # Expat asks Python for any other encoding, and Python keeps the name for ever.
-        if (encoding or "utf-8").lower() not in ("utf-8", "utf-16", "iso-8859-1", "us-ascii"):
-            raise BadDocument("[Content_Types].xml is in an encoding that a DOCX can't have.")
-
     parser = expat.ParserCreate()  # without namespaces: for each name it would copy one, which may be very long
-    parser.XmlDeclHandler = on_declaration
     parser.StartElementHandler = on_element
     parser.StartDoctypeDeclHandler = on_doctype
     parser.Parse(b"".join(unpacked(archive, found[0], MAX_CONTENT_TYPES)), True)

@@ -1,7 +1,6 @@
 """Each rule of the service has a test that is named after it. They use the real app, files, SQLite and processes."""
 import base64
 import contextlib
-import encodings
 import errno
 import fcntl
 import functools
@@ -1142,13 +1141,6 @@ def test_reading_a_bomb_is_bounded(monkeypatch: Patch, request: pytest.FixtureRe
     with pytest.raises(BadDocument):
         check_is_whole(bombs[1], DOCX)
     assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
-
-
-def test_names_of_made_up_encodings_are_not_kept(client: httpx.Client) -> None:
-    for name in ("filename*=made-up-1''a.pdf", 'filename="=?made-up-2?Q?a.pdf?="'):
-        exchange(client, sent(part(PDF, b'form-data; name="file"; ' + name.encode()) + END))
-    assert upload(client, typed(CONTENT_TYPES.replace("?>", " encoding='made-up-3'?>")), "a.docx").status_code == 415
-    assert not [name for name in getattr(encodings, "_cache") if name.startswith("made")]
 
 
 def test_a_client_that_goes_leaves_nothing(shared: tuple[httpx.Client, Settings]) -> None:
