@@ -1,9 +1,9 @@
 """Every line of SQL: users and sessions, the life of a document, and the queue, which is the documents table itself.
 
 One thread, the committer, owns the one connection that writes, and commits what waits in one transaction (group
-commit): the more writes wait, the fewer fsyncs each pays for. Methods marked `@write` run in the committer and return a
-Future. All other methods read on the thread of their caller, in a server that of the event loop: there is one
-connection for reading. Readers never wait for writers (WAL).
+commit): the more writes wait, the fewer fsyncs each pays for. `add_document` and the methods marked `@write` run in the
+committer; their Future is done once the commit is on disk. All other methods read on the thread of their caller, in a
+server that of the event loop: there is one connection for reading. Readers never wait for writers (WAL).
 """
 import contextlib
 import fcntl
@@ -182,6 +182,10 @@ class Write:
     result: Any = None
     error: BaseException | None = None
 
+    def begin(self) -> bool:
+        """False when it was cancelled; from here on it can't be. An upload has begun already, with its file."""
+        return self.future.running() or self.future.set_running_or_notify_cancel()
+
 
 def write(method: Callable[Concatenate["Database", P], T]) -> Callable[Concatenate["Database", P], Future[T]]:
     """Runs the method in a transaction of the committer; its Future is done once the commit is on disk."""
@@ -205,9 +209,9 @@ class Database:
     def __init__(self, path: Path, sync: Callable[[], None], keys: Callable[[], Iterator[str]],
                  call_soon: Callable[..., object] = operator.call) -> None:
         """Opens or creates the file. `sync` makes the files of new documents durable, before their commit; `keys` are
-        those of the stored files; `call_soon` is a server's `loop.call_soon_threadsafe`: the futures of a batch are
-        settled in its event loop, which wakes up once, where a wake-up for each would slow down uploads by a tenth.
-        Raises UnusableDatabase, or sqlite3.Error or OSError when the file can't be opened."""
+        those of the stored files. A server gives its `loop.call_soon_threadsafe`, so that a batch wakes up its event
+        loop once, and not once for each write. Raises UnusableDatabase, or sqlite3.Error or OSError when the file can't
+        be opened."""
         self._sync, self._call_soon = sync, call_soon
         self._queue: SimpleQueue[Write] = SimpleQueue()
         self._closed = False
@@ -290,7 +294,7 @@ class Database:
             if 1 + self._queue.qsize() < expected:
                 time.sleep(0.001)
         waiting += [self._queue.get() for _ in range(self._queue.qsize())]
-        return [each for each in waiting if each.future.running() or each.future.set_running_or_notify_cancel()]
+        return [each for each in waiting if each.begin()]
 
     def _sync_files(self, uploads: list[Write]) -> None:
         """One sync for all. It is not retried: after a failed fsync the next may succeed though a name is lost."""
@@ -412,27 +416,25 @@ class Database:
         return session if opened else None
 
     @write
-    def rotate(self, session_id: str, user_id: str, used_jti: str) -> tuple[Session | None, bool]:
-        """Exchanges a refresh token: (session, reused). None: there is no such session. The token before the one that
-        is good now gets the same successor again during REFRESH_GRACE. Any other token was used before: reused. Then
-        the session is deleted, and returned only to tell whose it was."""
+    def rotate(self, session_id: str, user_id: str, used_jti: str) -> Session | None:
+        """Replaces the refresh token. The one before gets the same successor again during REFRESH_GRACE. None: there is
+        no such session, or another token of it was used, which is no good any more."""
         row = self._w.execute(
             "SELECT session_id, user_id, username, refresh_jti, rotated_at, expires_at, previous_jti"
             " FROM sessions JOIN users USING (user_id) WHERE session_id = ? AND user_id = ?",
             (session_id, user_id)).fetchone()
         if row is None:
-            return None, False
+            return None
         session, now = Session(*row), time.time()
         if used_jti == session.refresh_jti:
             new = replace(session, refresh_jti=str(uuid.uuid4()), previous_jti=used_jti, rotated_at=now)
             self._w.execute(
                 "UPDATE sessions SET refresh_jti = ?, previous_jti = ?, rotated_at = ? WHERE session_id = ?",
                 (new.refresh_jti, used_jti, now, session_id))
-            return new, False
+            return new
         if used_jti == session.previous_jti and abs(now - session.rotated_at) < REFRESH_GRACE:
-            return session, False
-        self._w.execute("DELETE FROM sessions WHERE session_id = ?", (session_id,))
-        return session, True
+            return session
+        return None
 
     @write
     def end_session(self, session_id: str, user_id: str) -> str | None:
@@ -573,10 +575,10 @@ class Database:
             raise RunLost
 
     @write
-    def renew_leases(self, run_ids: Sequence[str], lease: float, max_attempts: int) -> tuple[list[Document], bool]:
+    def renew_leases(self, run_ids: Sequence[str], lease: float, max_attempts: int) -> list[Document]:
         """Records a sign of life for these runs. Runs whose last sign is older than the lease go back to the queue, or
-        FAILED after the last attempt. Where a clock was set back, signs and queue times of the future are void. The
-        documents of those runs, and whether any document waits."""
+        FAILED after the last attempt: their documents are returned. Where a clock was set back, signs and queue times
+        of the future are void."""
         now = time.time()
         self._w.execute(
             f"UPDATE documents SET beat_at = ? WHERE {RUNNING} AND run_id IN (SELECT value FROM json_each(?))",
@@ -593,5 +595,9 @@ class Database:
             f" updated_at = :stamp WHERE {lost} RETURNING {COLUMNS}", values).fetchall()
         self._w.execute(
             f"UPDATE documents SET queued_at = :stamp WHERE {WAITING} AND queued_at > :stamp", values)
-        (waiting,) = self._w.execute(f"SELECT EXISTS (SELECT 1 FROM documents WHERE {WAITING})").fetchone()
-        return [Document(*row) for row in failed + requeued], bool(waiting)
+        return [Document(*row) for row in failed + requeued]
+
+    def waiting(self, most: int) -> int:
+        """How many documents wait for a run; counts up to `most`."""
+        rows = self._r.execute(f"SELECT 1 FROM documents WHERE {WAITING} LIMIT ?", (most,))
+        return len(rows.fetchall())

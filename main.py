@@ -376,7 +376,7 @@ class RequestMiddleware:
         # uvicorn leaves out the body of an answer to HEAD by itself.
         inner_scope = {**scope, "method": "GET", "head": True} if request.method == "HEAD" else scope
         try:
-            if exchange.body_left and any(
+            if exchange.body_unread and any(
                     coding.lower() != "identity" for coding in request.headers.getlist("content-encoding")):
                 raise Problem("unsupported_media_type", "Send the body without a Content-Encoding.")
             await self.app(inner_scope, exchange.receive, exchange.send)
@@ -406,35 +406,37 @@ class Exchange:
     def __init__(self, request: Request, receive: Receive, send: Send, request_id: str) -> None:
         self._receive, self._send, self._request_id, headers = receive, send, request_id, request.headers
         self.status = 0  # of the answer, once that has begun
-        self.body_left = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+        self.body_unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
     async def receive(self) -> Message:
         message = await self._receive()
-        self.body_left = message.get("more_body", False)
+        self.body_unread = message.get("more_body", False)
         return message
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.status = message["status"]
-            if self.status == 408:  # a client that was too slow is not waited for again
-                self.body_left = False
-            MutableHeaders(raw=message["headers"]).setdefault("Cache-Control", "no-store")
-            message["headers"] += [(b"x-request-id", self._request_id.encode()), *SECURITY_HEADERS]
-            if self.body_left:  # uvicorn may have answered a malformed body; after a turn of the loop it ignores us
-                await asyncio.sleep(0)
-        elif self.body_left and not message.get("more_body", False):
+            await self._start(message)
+        elif message.get("more_body", False) or not self.body_unread or self.status == 408:  # was too slow already
+            await self._send(message)
+        else:
             await self._send({**message, "more_body": True})
             await self._drain()
-            if self.body_left:  # uvicorn closes the connection of an answer without an end
-                return
-            message = {"type": "http.response.body"}
+            if not self.body_unread:  # else uvicorn closes the connection, as the answer has no end
+                await self._send({"type": "http.response.body"})
+
+    async def _start(self, message: Message) -> None:
+        self.status = message["status"]
+        MutableHeaders(raw=message["headers"]).setdefault("Cache-Control", "no-store")
+        message["headers"] += [(b"x-request-id", self._request_id.encode()), *SECURITY_HEADERS]
+        if self.body_unread:  # if it is malformed, uvicorn has closed the connection, and is about to notice that
+            await asyncio.sleep(0)
         await self._send(message)
 
     async def _drain(self) -> None:
         drained = 0
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_SECONDS):
-                while self.body_left and drained < DRAIN_BYTES:
+                while self.body_unread and drained < DRAIN_BYTES:
                     drained += len((await self.receive()).get("body", b""))
 
 
@@ -457,8 +459,7 @@ class Service:
 
     def __init__(self, settings: Settings, storage: Storage | None, pipeline: "Pipeline | None") -> None:
         self.settings = settings
-        self.call_soon = asyncio.get_running_loop().call_soon_threadsafe
-        self.db, self.storage = open_stores(settings, storage, self.call_soon)
+        self.db, self.storage = open_stores(settings, storage, asyncio.get_running_loop().call_soon_threadsafe)
         secret = settings.jwt_secret or secret_file(self.db, settings.data_dir / "jwt-secret").encode()
         self.signer = auth.TokenSigner(secret)
         self.publishers = ThreadPoolExecutor(self.storage.parallel, "publisher")
@@ -490,7 +491,7 @@ class Service:
                 incoming.key, owner_id, incoming.filename, incoming.media_type, incoming.size,
                 incoming.sha256.hexdigest(), Status.UPLOADED, now, now, idempotency_key=idempotency_key), stored)
         except BaseException as error:  # is raised where `stored` is awaited
-            self.call_soon(stored.set_exception, error)
+            stored.set_exception(error)
 
     async def remove_deleted_files(self) -> None:
         """Removes the files of deleted documents, whatever process deleted the documents. The first failure ends the
@@ -519,9 +520,9 @@ def open_stores(settings: Settings, storage: Storage | None = None,
     try:
         make_folder(folder)
         files = storage or LocalStorage(folder / "files")
-        return Database(folder / "documents.db", files.sync, files.keys, call_soon), files
     except OSError as error:
         raise ValueError(f"DOCS_DATA_DIR: should be a folder that can be used ({error.strerror})") from error
+    return Database(folder / "documents.db", files.sync, files.keys, call_soon), files
 
 
 def secret_file(db: Database, path: Path) -> str:
@@ -538,15 +539,16 @@ def secret_file(db: Database, path: Path) -> str:
 
 
 async def committed(future: Future[T], extra_seconds: float = 0) -> T:
-    """What a write to the database returned, once it is on disk. Raises InDoubt when that takes too long: then a write
-    that has not begun is cancelled."""
-    done = asyncio.Event()
-    future.add_done_callback(lambda _: done.set())  # the event loop calls it: see `call_soon`
+    """What a write to the database returned, once it is on disk. When that takes too long, raises TimeoutError if the
+    write could still be cancelled, else InDoubt."""
+    done, loop = asyncio.Event(), asyncio.get_running_loop()
+    future.add_done_callback(lambda _: loop.call_soon_threadsafe(done.set))
     try:
         async with asyncio.timeout(WRITE_SECONDS + extra_seconds):
             await done.wait()
     except TimeoutError:
-        future.cancel()
+        if future.cancel():
+            raise
         raise InDoubt("the write took too long") from None
     return future.result()
 
@@ -653,7 +655,7 @@ class MultipartFile:
         if not boundary:
             raise FormParserError
         self._incoming, self._in_file = incoming, False
-        self._around = 0  # bytes that are not the file's
+        self._size = 0  # bytes of the body
         self._name, self._value, self._headers = bytearray(), bytearray(), dict[bytes, bytes]()
         self._parser = MultipartParser(boundary, {
             "on_header_field": lambda data, start, end: self._name.extend(data[start:end]),
@@ -665,9 +667,9 @@ class MultipartFile:
         self._parser.write(b"\r\n")
 
     def feed(self, chunk: bytes) -> None:
-        self._around += len(chunk)
+        self._size += len(chunk)
         self._parser.write(chunk)
-        if self._around > SMALL_BODY:
+        if self._size - self._incoming.size > SMALL_BODY:
             raise Problem("too_large", f"There are more than {SMALL_BODY} bytes around the file.")
 
     def end(self) -> None:
@@ -702,7 +704,6 @@ class MultipartFile:
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
         if self._in_file:
-            self._around -= end - start
             self._incoming.feed(data[start:end])
 
 
@@ -780,6 +781,14 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
     }
 
 
+def wait_until_committed(future: Future[T]) -> T:
+    """As `committed`, in a thread. Raises TimeoutError."""
+    try:
+        return future.result(WRITE_SECONDS)
+    finally:
+        future.cancel()  # which does nothing to a write that has begun
+
+
 class Worker:
     """Runs queued documents in a thread pool.
 
@@ -817,12 +826,12 @@ class Worker:
 
     async def keep_leases(self) -> None:
         """Gives a sign of life for the runs of this process, and takes over runs whose process gives none."""
-        taken_over, waiting = await committed(self._db.renew_leases(
+        taken_over = await committed(self._db.renew_leases(
             list(self._run_ids), self._settings.lease_seconds, self._settings.max_attempts))
         for document in taken_over:
             event = "process_failed" if document.status == Status.FAILED else "process_requeued"
             log_run(event, document, error="interrupted")
-        for _ in range(self._settings.process_workers if waiting else 0):
+        for _ in range(self._db.waiting(self._settings.process_workers)):
             self.wake()
 
     def _work(self) -> None:
@@ -831,7 +840,7 @@ class Worker:
             run_id = uuid.uuid4().hex
             self._run_ids.add(run_id)
             try:
-                document = self._db.claim(run_id).result(WRITE_SECONDS)
+                document = wait_until_committed(self._db.claim(run_id))
                 if document is None:
                     return
                 self._run(run_id, document)
@@ -851,11 +860,11 @@ class Worker:
         try:
             result = self._call_pipeline(run_id, document)
         except ProcessingFailed as failure:
-            failed = self._db.fail(run_id, document_id, failure.code, failure.message, failure.retryable)
-            failed.result(WRITE_SECONDS)
+            wait_until_committed(
+                self._db.fail(run_id, document_id, failure.code, failure.message, failure.retryable))
             log_run("process_failed", document, start, failure=failure.__cause__, error=failure.code)
         else:
-            self._db.complete(run_id, document_id, result).result(WRITE_SECONDS)
+            wait_until_committed(self._db.complete(run_id, document_id, result))
             log_run("process_completed", document, start)
 
     def _call_pipeline(self, run_id: str, document: Document) -> str:
@@ -865,7 +874,7 @@ class Worker:
                 raise RunLost
             percent = max(0, min(int(percent), 99))
             try:
-                self._db.record_progress(run_id, document.document_id, percent, message).result(WRITE_SECONDS)
+                wait_until_committed(self._db.record_progress(run_id, document.document_id, percent, message))
             except (sqlite3.Error, OSError) as failure:  # no fault of the pipeline, and no harm
                 log_event("storage_error", logging.ERROR, failure=failure)
 
@@ -1117,17 +1126,14 @@ async def refresh(request: Request) -> Tokens:
     """Replaces the refresh token. The old one gives the same successor for 10 seconds more, unless that was used;
     after that its use ends the session (RFC 9700, 4.14.2). Error: `invalid_grant`."""
     service, sent = service_of(request), await read_fields(request, RefreshToken)
-    try:
+    with contextlib.suppress(auth.InvalidToken):
         used = service.signer.verify(auth.REFRESH, sent.refresh_token)
-        session, reused = await committed(service.db.rotate(used.sid, used.sub, used.jti))
-    except auth.InvalidToken:
-        session, reused = None, False
-    if session and reused:
-        log_event("token_reused", logging.WARNING, user=session.username, client=client_address(request))
-    if session is None or reused:
-        raise Problem("invalid_grant", "The refresh token is invalid, expired, revoked or was used before.")
-    request.state.username = session.username
-    return tokens_of(service, session)
+        if session := await committed(service.db.rotate(used.sid, used.sub, used.jti)):
+            request.state.username = session.username
+            return tokens_of(service, session)
+        if username := await committed(service.db.end_session(used.sid, used.sub)):
+            log_event("token_reused", logging.WARNING, user=username, client=client_address(request))
+    raise Problem("invalid_grant", "The refresh token is invalid, expired, revoked or was used before.")
 
 
 @router.post("/auth/logout", tags=["auth"], summary="Log out", status_code=204, response_class=Response,
@@ -1199,7 +1205,7 @@ async def running_service(
         settings: Settings, storage: Storage | None, pipeline: Pipeline | None) -> AsyncIterator[Service]:
     """The service, from its start to its end.
 
-    After SIGTERM, `follow_server` stops the worker within 0.1 s: no more runs begin, long polls are answered, and the
+    After SIGTERM, `follow_uvicorn` stops the worker within 0.1 s: no more runs begin, long polls are answered, and the
     grace begins. uvicorn waits for open requests, and cancels them at the end of the grace. Then this function goes on:
     runs have what is left of the grace; and the database commits what it was given, for a second at most.
     """
@@ -1211,7 +1217,7 @@ async def running_service(
     service = Service(settings, storage, pipeline)
     await service.add_first_user()
     tasks = [asyncio.create_task(work) for work in (
-        follow_server(service), repeat(service.worker.keep_leases, min(1.0, settings.lease_seconds / 4)),
+        follow_uvicorn(service), repeat(service.worker.keep_leases, min(1.0, settings.lease_seconds / 4)),
         repeat(service.remove_deleted_files, 0.5))]
     try:
         yield service
@@ -1234,10 +1240,16 @@ async def repeat(action: Callable[[], Awaitable[None]], seconds: float) -> None:
         await asyncio.sleep(seconds)
 
 
-async def follow_server(service: Service) -> None:
-    """What uvicorn leaves to its app: socket options, and to hear of SIGTERM before the last connection has ended."""
-    server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)  # its signal handler is a method
-    if not isinstance(server, uvicorn.Server):
+def uvicorn_server() -> uvicorn.Server | None:
+    """The server that has started this app: uvicorn tells it to nobody, but its signal handler is its method."""
+    server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    return server if isinstance(server, uvicorn.Server) else None
+
+
+async def follow_uvicorn(service: Service) -> None:
+    """Gives the server the grace, sets the options of its sockets, and stops the worker once it has got SIGTERM."""
+    server = uvicorn_server()
+    if server is None:
         return
     server.config.timeout_graceful_shutdown = service.settings.shutdown_seconds  # type: ignore[assignment]
     while not server.started:

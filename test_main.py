@@ -930,7 +930,7 @@ HOSTILE: dict[str, tuple[bytes, Expected]] = {
             "two content types": docx(entries={"[Content_Types].xmm": b"<x/>"}).replace(b".xmm", b".xml"),
             "two, in other letters": docx(entries={"[CONTENT_TYPES].XML": b"<x/>"}),
             "no XML": typed(CONTENT_TYPES[:-1]), "entity bomb": typed(EXPANDED),
-            "UTF-16 bomb": typed(EXPANDED, "utf-16"), "many": typed(CONTENT_TYPES.replace("</", "<x/>" * 9999 + "</")),
+            "UTF-16 bomb": typed(EXPANDED, "utf-16"),
             "external entity": typed(CONTENT_TYPES.replace("?>", "?><!DOCTYPE Types SYSTEM 'file:///etc/passwd'>")),
             "encoding of Python": typed(CONTENT_TYPES.replace("?>", " encoding='big5'?>"))}.items()}}),
     **{f"filename: {name[:20]!a}": (file(name), (201, shown)) for name, shown in {
