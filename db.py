@@ -174,17 +174,13 @@ def utc_now() -> str:
 
 @dataclass(eq=False)
 class Write:
-    """A write on its way to the disk, where `future` is done. Until the committer takes it, it can be cancelled."""
+    """A write on its way to the disk. `future` is done when it is there."""
 
     operation: Callable[[], Any]
     future: Future[Any]
     needs_sync: bool = False  # whether a file has to be durable before the commit
     result: Any = None
     error: BaseException | None = None
-
-    def begin(self) -> bool:
-        """False when it was cancelled; from here on it can't be. An upload has begun already, with its file."""
-        return self.future.running() or self.future.set_running_or_notify_cancel()
 
 
 def write(method: Callable[Concatenate["Database", P], T]) -> Callable[Concatenate["Database", P], Future[T]]:
@@ -288,13 +284,12 @@ class Database:
 
     def _next_batch(self, expected: int) -> list[Write]:
         """Waits for a write, and then up to 10 ms for as many as came last time: clients that wrote together tend to do
-        so again, and share the fsyncs. Cancelled writes are left out."""
-        waiting = [self._queue.get()]
+        so again, and share the fsyncs."""
+        first = self._queue.get()
         for _ in range(10):
             if 1 + self._queue.qsize() < expected:
                 time.sleep(0.001)
-        waiting += [self._queue.get() for _ in range(self._queue.qsize())]
-        return [each for each in waiting if each.begin()]
+        return [first, *(self._queue.get() for _ in range(self._queue.qsize()))]
 
     def _sync_files(self, uploads: list[Write]) -> None:
         """One sync for all. It is not retried: after a failed fsync the next may succeed though a name is lost."""
@@ -536,8 +531,8 @@ class Database:
         """Assigns a waiting document to this new run and counts the attempt; None when nothing waits. It is the oldest
         document of the owner that has the fewest in work, so that owners take turns."""
         owner = self._w.execute(
-            f"SELECT owner_id FROM documents AS waiting WHERE {WAITING} GROUP BY owner_id ORDER BY (SELECT count(*)"
-            f" FROM documents INDEXED BY documents_running WHERE {RUNNING} AND owner_id = waiting.owner_id),"
+            f"SELECT owner_id FROM documents AS own WHERE {WAITING} GROUP BY owner_id ORDER BY (SELECT count(*)"
+            f" FROM documents INDEXED BY documents_running WHERE {RUNNING} AND owner_id = own.owner_id),"
             " min(queued_at) LIMIT 1").fetchone()
         if owner is None:
             return None

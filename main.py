@@ -480,17 +480,14 @@ class Service:
             log_event("first_user_added", user=name, password_is_in=source)
 
     def store(self, incoming: Incoming, owner_id: str, idempotency_key: str | None, stored: Future[Document]) -> None:
-        """Publishes a file and adds its document, in a publisher thread. `stored` is done when both are on disk. From
-        here on it can't be cancelled, as that would leave a file without a document."""
-        if not stored.set_running_or_notify_cancel():
-            return
+        """Publishes a file and adds its document, in a publisher thread. `stored` is done when both are on disk."""
         try:
             incoming.finish()
             now = utc_now()
             self.db.add_document(Document(
                 incoming.key, owner_id, incoming.filename, incoming.media_type, incoming.size,
                 incoming.sha256.hexdigest(), Status.UPLOADED, now, now, idempotency_key=idempotency_key), stored)
-        except BaseException as error:  # is raised where `stored` is awaited
+        except BaseException as error:
             stored.set_exception(error)
 
     async def remove_deleted_files(self) -> None:
@@ -539,16 +536,14 @@ def secret_file(db: Database, path: Path) -> str:
 
 
 async def committed(future: Future[T], extra_seconds: float = 0) -> T:
-    """What a write to the database returned, once it is on disk. When that takes too long, raises TimeoutError if the
-    write could still be cancelled, else InDoubt."""
+    """What a write to the database returned, once it is on disk. Raises InDoubt when that takes too long: the write
+    happens all the same, as soon as it can."""
     done, loop = asyncio.Event(), asyncio.get_running_loop()
     future.add_done_callback(lambda _: loop.call_soon_threadsafe(done.set))
     try:
         async with asyncio.timeout(WRITE_SECONDS + extra_seconds):
             await done.wait()
     except TimeoutError:
-        if future.cancel():
-            raise
         raise InDoubt("the write took too long") from None
     return future.result()
 
@@ -662,7 +657,10 @@ class MultipartFile:
             "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
             "on_header_end": self._on_header_end, "on_headers_finished": self._on_headers_finished,
             "on_part_data": self._on_part_data}, max_header_size=SMALL_BODY)
-        # The parser takes no preamble (RFC 2046, 5.1.1), so it begins as if inside a part, whose data is dropped.
+        self._allow_preamble()
+
+    def _allow_preamble(self) -> None:
+        """RFC 2046, 5.1.1. The parser takes none, so it begins as if inside a part, whose data is dropped."""
         self._parser.state = MultipartState.PART_DATA
         self._parser.write(b"\r\n")
 
@@ -781,14 +779,6 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
     }
 
 
-def wait_until_committed(future: Future[T]) -> T:
-    """As `committed`, in a thread. Raises TimeoutError."""
-    try:
-        return future.result(WRITE_SECONDS)
-    finally:
-        future.cancel()  # which does nothing to a write that has begun
-
-
 class Worker:
     """Runs queued documents in a thread pool.
 
@@ -840,7 +830,7 @@ class Worker:
             run_id = uuid.uuid4().hex
             self._run_ids.add(run_id)
             try:
-                document = wait_until_committed(self._db.claim(run_id))
+                document = self._db.claim(run_id).result()
                 if document is None:
                     return
                 self._run(run_id, document)
@@ -860,11 +850,10 @@ class Worker:
         try:
             result = self._call_pipeline(run_id, document)
         except ProcessingFailed as failure:
-            wait_until_committed(
-                self._db.fail(run_id, document_id, failure.code, failure.message, failure.retryable))
+            self._db.fail(run_id, document_id, failure.code, failure.message, failure.retryable).result()
             log_run("process_failed", document, start, failure=failure.__cause__, error=failure.code)
         else:
-            wait_until_committed(self._db.complete(run_id, document_id, result))
+            self._db.complete(run_id, document_id, result).result()
             log_run("process_completed", document, start)
 
     def _call_pipeline(self, run_id: str, document: Document) -> str:
@@ -874,7 +863,7 @@ class Worker:
                 raise RunLost
             percent = max(0, min(int(percent), 99))
             try:
-                wait_until_committed(self._db.record_progress(run_id, document.document_id, percent, message))
+                self._db.record_progress(run_id, document.document_id, percent, message).result()
             except (sqlite3.Error, OSError) as failure:  # no fault of the pipeline, and no harm
                 log_event("storage_error", logging.ERROR, failure=failure)
 
@@ -923,7 +912,7 @@ async def upload(request: Request) -> Response:
         service.publishers.submit(service.store, incoming, user.user_id, idempotency_key, stored)
         # Many uploads that end at once wait for each other; on a slow disk that takes longer than any other write.
         document = await committed(stored, extra_seconds=4 * WRITE_SECONDS + incoming.size / SLOWEST_STORAGE)
-    except InDoubt:  # the document may be there, or may come
+    except InDoubt:  # the document is there or may come, so its file stays
         raise
     except Exception:
         await run_in_threadpool(incoming.discard)
