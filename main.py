@@ -416,28 +416,29 @@ class Exchange:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             await self._start(message)
-        elif message.get("more_body", False) or not self.body_unread or self.status == 408:  # was too slow already
-            await self._send(message)
-        else:
+        elif self.body_unread and self.status != 408 and not message.get("more_body", False):  # 408: was slow enough
             await self._send({**message, "more_body": True})
-            await self._drain()
-            if not self.body_unread:  # else uvicorn closes the connection, as the answer has no end
-                await self._send({"type": "http.response.body"})
+            await self._drain_and_end()
+        else:
+            await self._send(message)
 
     async def _start(self, message: Message) -> None:
         self.status = message["status"]
         MutableHeaders(raw=message["headers"]).setdefault("Cache-Control", "no-store")
         message["headers"] += [(b"x-request-id", self._request_id.encode()), *SECURITY_HEADERS]
-        if self.body_unread:  # if it is malformed, uvicorn has closed the connection, and is about to notice that
-            await asyncio.sleep(0)
+        if self.body_unread:
+            await asyncio.sleep(0)  # lets uvicorn notice a connection that it has closed for a malformed body
         await self._send(message)
 
-    async def _drain(self) -> None:
+    async def _drain_and_end(self) -> None:
+        """uvicorn closes the connection of an answer that gets no end."""
         drained = 0
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_SECONDS):
                 while self.body_unread and drained < DRAIN_BYTES:
                     drained += len((await self.receive()).get("body", b""))
+        if not self.body_unread:
+            await self._send({"type": "http.response.body"})
 
 
 def client_address(request: Request) -> str:
