@@ -275,6 +275,7 @@ class Database:
         self._queue.put(new)
 
     def _commit_forever(self) -> None:
+        """One batch after the other: one sync of the files, one transaction, and then all futures."""
         batch: list[Write] = []
         while not (self._closed and self._queue.empty()):
             batch = self._next_batch(expected=len(batch))
@@ -441,11 +442,11 @@ class Database:
 
     # Documents
 
-    def add_document(self, new: Document, added: Future[Document]) -> None:
-        """Adds the document of a file that is published. The result of `added` is that document, or the one that its
+    def add_document(self, new: Document, stored: Future[Document]) -> None:
+        """Adds the document of a file that is published. The result of `stored` is that document, or the one that its
         owner uploaded under its key before; then the new file is listed for removal. KeyReused if those files differ.
         """
-        self._submit(Write(functools.partial(self._add_document, new), added, needs_sync=True))
+        self._submit(Write(functools.partial(self._add_document, new), stored, needs_sync=True))
 
     def _add_document(self, new: Document) -> Document:
         known = None
@@ -490,11 +491,9 @@ class Database:
             "DELETE FROM documents WHERE document_id = ? AND owner_id = ?", (document_id, owner_id)).rowcount == 1
 
     def deleted_files(self, limit: int = -1) -> list[str]:
-        """Ids of documents whose files are to be removed: all (to SQLite, -1 is no limit), or a random choice, so that
-        a file that can't be removed does not hold up others."""
-        rows = self._r.execute(
-            "SELECT document_id FROM (SELECT document_id FROM deleted_files LIMIT 10 * :limit)"
-            " ORDER BY random() LIMIT :limit", {"limit": limit})
+        """Ids of documents whose files are to be removed, in random order, so that a file that can't be removed does
+        not hold up others. To SQLite, -1 is no limit."""
+        rows = self._r.execute("SELECT document_id FROM deleted_files ORDER BY random() LIMIT ?", (limit,))
         return [document_id for (document_id,) in rows]
 
     @write

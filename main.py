@@ -118,8 +118,8 @@ def log_event(event: str, level: int = logging.INFO, *, failure: BaseException |
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line, in ASCII. Long texts lose their beginning, so that a pipe takes the line whole (PIPE_BUF,
-    pipe(7)) and the lines of several workers do not mix."""
+    """One JSON object a line, in ASCII. Long texts lose their beginning, since a pipe takes only short lines whole
+    (PIPE_BUF, pipe(7)), and longer ones of several processes may mix."""
 
     def format(self, record: logging.LogRecord) -> str:
         event = record.getMessage()
@@ -467,7 +467,7 @@ class Service:
         self.open_uploads = 0
         self.password_checks = asyncio.Semaphore(2)  # scrypt takes 16 MiB and a processor
         self.logins: Counter[str] = Counter()  # under way, by throttle key
-        self.worker = Worker(self.db, self.storage, pipeline or functools.partial(
+        self.workers = Workers(self.db, self.storage, pipeline or functools.partial(
             simulated_pipeline, seconds=settings.process_seconds), settings)
 
     async def add_first_user(self) -> None:
@@ -780,8 +780,8 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
     }
 
 
-class Worker:
-    """Runs queued documents in a thread pool.
+class Workers:
+    """The worker threads of this process: they run queued documents.
 
     The queue is in the database, shared by all processes. `wake` lets an idle thread look there. Each process wakes its
     threads once a second too, when something waits, so nothing depends on the process that took the request.
@@ -979,7 +979,7 @@ async def process(document_id: uuid.UUID, request: Request, response: Response, 
     if document.status == Status.COMPLETED:
         response.status_code = 200
     else:
-        service.worker.wake()
+        service.workers.wake()
         response.headers.update({**SOON, "Location": f"{path_prefix(request)}/documents/{document_id}/status"})
     return document
 
@@ -990,7 +990,7 @@ async def get_status(document: OwnDocument, request: Request, response: Response
                      wait: Annotated[float, Query(ge=0, le=30, description="seconds")] = 0) -> Document:
     """With `wait` it answers when processing ends, or after that time. Error: `not_found`."""
     service, end = service_of(request), time.monotonic() + wait
-    while document.status == Status.PROCESSING and time.monotonic() < end and not service.worker.stopping:
+    while document.status == Status.PROCESSING and time.monotonic() < end and not service.workers.stopping:
         await asyncio.sleep(0.1)
         document = or_404(service.db.document(document.document_id, document.owner_id))
     if document.status == Status.PROCESSING:
@@ -1195,9 +1195,11 @@ async def running_service(
         settings: Settings, storage: Storage | None, pipeline: Pipeline | None) -> AsyncIterator[Service]:
     """The service, from its start to its end.
 
-    After SIGTERM, `follow_uvicorn` stops the worker within 0.1 s: no more runs begin, long polls are answered, and the
-    grace begins. uvicorn waits for open requests, and cancels them at the end of the grace. Then this function goes on:
-    runs have what is left of the grace; and the database commits what it was given, for a second at most.
+    After SIGTERM:
+    1. `follow_uvicorn` stops the workers within 0.1 s: no more runs begin, long polls are answered, the grace begins.
+    2. uvicorn waits for open requests, and cancels them at the end of the grace: they are answered with 503.
+    3. This function goes on after its `yield`. Runs have what is left of the grace.
+    4. The database commits what it was given, for a second at most.
     """
     log.setLevel(settings.log_level)
     # An upload takes two descriptors; the usual soft limit of 1,024 would end at 500 of them.
@@ -1207,12 +1209,12 @@ async def running_service(
     service = Service(settings, storage, pipeline)
     await service.add_first_user()
     tasks = [asyncio.create_task(work) for work in (
-        follow_uvicorn(service), repeat(service.worker.keep_leases, min(1.0, settings.lease_seconds / 4)),
+        follow_uvicorn(service), repeat(service.workers.keep_leases, min(1.0, settings.lease_seconds / 4)),
         repeat(service.remove_deleted_files, 0.5))]
     try:
         yield service
     finally:
-        await service.worker.close()
+        await service.workers.close()
         for task in tasks:
             task.cancel()
         # Another process may hold the database's lock: the exit does not wait for it.
@@ -1237,7 +1239,7 @@ def uvicorn_server() -> uvicorn.Server | None:
 
 
 async def follow_uvicorn(service: Service) -> None:
-    """Gives the server the grace, sets the options of its sockets, and stops the worker once it has got SIGTERM."""
+    """Gives the server the grace, sets the options of its sockets, and stops the workers once it has got SIGTERM."""
     server = uvicorn_server()
     if server is None:
         return
@@ -1249,7 +1251,7 @@ async def follow_uvicorn(service: Service) -> None:
             set_tcp_options(sock, service.settings.upload_idle_seconds)
     while not server.should_exit:
         await asyncio.sleep(0.1)
-    service.worker.stop()
+    service.workers.stop()
 
 
 def set_tcp_options(listening: Any, idle_seconds: float) -> None:
