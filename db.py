@@ -1,9 +1,10 @@
 """Every line of SQL: users and sessions, the life of a document, and the queue, which is the documents table itself.
 
 One thread, the committer, owns the one connection that writes, and commits what waits in one transaction (group
-commit): the more writes wait, the fewer fsyncs each pays for. `add_document` and the methods marked `@write` run in the
-committer; their Future is done once the commit is on disk. All other methods read on the thread of their caller, in a
-server that of the event loop: there is one connection for reading. Readers never wait for writers (WAL).
+commit): the more writes wait, the fewer fsyncs each pays for. Methods marked `@write` run in the committer, and return
+a Future that is done once the commit is on disk; `add_document` is given that Future. All other methods read on the
+thread of their caller, in a server that of the event loop: there is one connection for reading. Readers never wait for
+writers (WAL).
 """
 import contextlib
 import fcntl
@@ -205,9 +206,9 @@ class Database:
     def __init__(self, path: Path, sync: Callable[[], None], keys: Callable[[], Iterator[str]],
                  call_soon: Callable[..., object] = operator.call) -> None:
         """Opens or creates the file. `sync` makes the files of new documents durable, before their commit; `keys` are
-        those of the stored files. A server gives its `loop.call_soon_threadsafe`, so that a batch wakes up its event
-        loop once, and not once for each write. Raises UnusableDatabase, or sqlite3.Error or OSError when the file can't
-        be opened."""
+        those of the stored files. A server gives its `loop.call_soon_threadsafe`: when the event loop itself settles
+        the futures of a batch, it does not take turns with the committer for each. Raises UnusableDatabase, or
+        sqlite3.Error or OSError when the file can't be opened."""
         self._sync, self._call_soon = sync, call_soon
         self._queue: SimpleQueue[Write] = SimpleQueue()
         self._closed = False
@@ -281,15 +282,17 @@ class Database:
             batch = self._next_batch(expected=len(batch))
             self._sync_files([each for each in batch if each.needs_sync])
             self._commit_batch([each for each in batch if not each.error])
-            self._call_soon(settle, batch)
+            try:
+                self._call_soon(settle, batch)
+            except RuntimeError:  # the event loop is closed, but threads may wait
+                settle(batch)
 
     def _next_batch(self, expected: int) -> list[Write]:
         """Waits for a write, and then up to 10 ms for as many as came last time: clients that wrote together tend to do
         so again, and share the fsyncs."""
-        first = self._queue.get()
-        for _ in range(10):
-            if 1 + self._queue.qsize() < expected:
-                time.sleep(0.001)
+        first, end = self._queue.get(), time.monotonic() + 0.01
+        while 1 + self._queue.qsize() < expected and time.monotonic() < end:
+            time.sleep(0.001)
         return [first, *(self._queue.get() for _ in range(self._queue.qsize()))]
 
     def _sync_files(self, uploads: list[Write]) -> None:
@@ -530,9 +533,10 @@ class Database:
         """Assigns a waiting document to this new run and counts the attempt; None when nothing waits. It is the oldest
         document of the owner that has the fewest in work, so that owners take turns."""
         owner = self._w.execute(
-            f"SELECT owner_id FROM documents AS own WHERE {WAITING} GROUP BY owner_id ORDER BY (SELECT count(*)"
-            f" FROM documents INDEXED BY documents_running WHERE {RUNNING} AND owner_id = own.owner_id),"
-            " min(queued_at) LIMIT 1").fetchone()
+            "WITH owners AS"
+            f" (SELECT owner_id, min(queued_at) AS oldest FROM documents WHERE {WAITING} GROUP BY owner_id)"
+            " SELECT owner_id FROM owners ORDER BY (SELECT count(*) FROM documents INDEXED BY documents_running"
+            f" WHERE {RUNNING} AND owner_id = owners.owner_id), oldest LIMIT 1").fetchone()
         if owner is None:
             return None
         now = utc_now()

@@ -414,9 +414,10 @@ class Exchange:
         return message
 
     async def send(self, message: Message) -> None:
+        is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
         if message["type"] == "http.response.start":
             await self._start(message)
-        elif self.body_unread and self.status != 408 and not message.get("more_body", False):  # 408: was slow enough
+        elif is_last and self.body_unread and self.status != 408:  # a client that was too slow is not waited for again
             await self._send({**message, "more_body": True})
             await self._drain_and_end()
         else:
@@ -431,7 +432,7 @@ class Exchange:
         await self._send(message)
 
     async def _drain_and_end(self) -> None:
-        """uvicorn closes the connection of an answer that gets no end."""
+        """When the body goes on for too long, the answer gets no end: uvicorn closes the connection then."""
         drained = 0
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_SECONDS):
@@ -480,16 +481,23 @@ class Service:
             source = "DOCS_ADMIN_PASSWORD" if self.settings.admin_password else str(file)
             log_event("first_user_added", user=name, password_is_in=source)
 
-    def store(self, incoming: Incoming, owner_id: str, idempotency_key: str | None, stored: Future[Document]) -> None:
-        """Publishes a file and adds its document, in a publisher thread. `stored` is done when both are on disk."""
-        try:
-            incoming.finish()
-            now = utc_now()
-            self.db.add_document(Document(
-                incoming.key, owner_id, incoming.filename, incoming.media_type, incoming.size,
-                incoming.sha256.hexdigest(), Status.UPLOADED, now, now, idempotency_key=idempotency_key), stored)
-        except BaseException as error:
-            stored.set_exception(error)
+    def store(self, incoming: Incoming, owner_id: str, idempotency_key: str | None) -> Future[Document]:
+        """Publishes a file in a publisher thread, which then adds its document to the database. The future is done when
+        both are on disk."""
+        stored: Future[Document] = Future()
+
+        def publish_and_add() -> None:
+            try:
+                incoming.finish()
+                now = utc_now()
+                self.db.add_document(Document(
+                    incoming.key, owner_id, incoming.filename, incoming.media_type, incoming.size,
+                    incoming.sha256.hexdigest(), Status.UPLOADED, now, now, idempotency_key=idempotency_key), stored)
+            except BaseException as error:
+                stored.set_exception(error)
+
+        self.publishers.submit(publish_and_add)
+        return stored
 
     async def remove_deleted_files(self) -> None:
         """Removes the files of deleted documents, whatever process deleted the documents. The first failure ends the
@@ -538,7 +546,7 @@ def secret_file(db: Database, path: Path) -> str:
 
 async def committed(future: Future[T], extra_seconds: float = 0) -> T:
     """What a write to the database returned, once it is on disk. Raises InDoubt when that takes too long: the write
-    happens all the same, as soon as it can."""
+    happens all the same, as soon as it can. (`asyncio.wrap_future` would cancel it.)"""
     done, loop = asyncio.Event(), asyncio.get_running_loop()
     future.add_done_callback(lambda _: loop.call_soon_threadsafe(done.set))
     try:
@@ -711,9 +719,9 @@ def decoded_filename(options: Mapping[bytes, bytes]) -> str:
     plain = options.get(b"filename", b"")[-4096:].decode(errors="replace")
     extended = options.get(b"filename_", b"")[-4096:].split(b"'")
     with contextlib.suppress(ValueError, LookupError, HeaderParseError):
-        if len(extended) == 3:
+        if len(extended) == 3 and len(extended[0]) <= 40:  # Python keeps the name of an unknown charset for ever
             return unquote_to_bytes(extended[2]).decode(extended[0].decode())
-        if re.fullmatch(r"=\?[^?\s]+\?[BbQq]\?[^?\s]*\?=", plain):
+        if re.fullmatch(r"=\?[^?\s]{1,40}\?[BbQq]\?[^?\s]*\?=", plain):
             content, charset = cast(tuple[bytes, str], decode_header(plain)[0])
             return content.decode(charset)
     return plain
@@ -753,7 +761,7 @@ class ProcessingFailed(Exception):
     """What a pipeline raises to say what went wrong and whether trying again can help."""
 
     def __init__(self, code: str, message: str, retryable: bool) -> None:
-        self.retryable = retryable
+        self.retryable = bool(retryable)
         self.code, self.message = (  # a lone surrogate fits no database
             text.encode(errors="replace").decode() for text in (code, message))
 
@@ -882,11 +890,12 @@ class Workers:
             raise ProcessingFailed("pipeline_error", reason, retryable=True) from failure
 
 
-def log_run(event: str, document: Document, start: float | None = None, **fields: Any) -> None:
+def log_run(event: str, document: Document, start: float | None = None, failure: BaseException | None = None,
+            **fields: Any) -> None:
     if start is not None:
         fields["duration_ms"] = round(1000 * (time.monotonic() - start), 3)
     level = logging.WARNING if event == "process_failed" else logging.INFO
-    log_event(event, level, request_id=document.request_id, document_id=document.document_id,
+    log_event(event, level, failure=failure, request_id=document.request_id, document_id=document.document_id,
               attempt=document.attempts, **fields)
 
 
@@ -903,16 +912,18 @@ async def upload(request: Request) -> Response:
     upload answers the first document again. Errors: `malformed_body`, `upload_timeout`, `too_large`,
     `unsupported_media_type`, `idempotency_key_reused`, `insufficient_storage`."""
     user, service = await signed_in(request), service_of(request)
+    if service.workers.stopping:  # uvicorn may still serve a connection when the publishers have ended
+        raise Problem("unavailable")
     idempotency_key = request.headers.get("idempotency-key")
     if idempotency_key is not None and not re.fullmatch(IDEMPOTENCY_KEY, idempotency_key):
         raise invalid("Use 1 to 128 visible ASCII characters.", "header", "Idempotency-Key")
-    incoming, stored = Incoming(service.storage, str(uuid.uuid4())), Future[Document]()
+    incoming = Incoming(service.storage, str(uuid.uuid4()))
     service.open_uploads += 1
     try:
         await receive_file(request, incoming)
-        service.publishers.submit(service.store, incoming, user.user_id, idempotency_key, stored)
         # Many uploads that end at once wait for each other; on a slow disk that takes longer than any other write.
-        document = await committed(stored, extra_seconds=4 * WRITE_SECONDS + incoming.size / SLOWEST_STORAGE)
+        document = await committed(service.store(incoming, user.user_id, idempotency_key),
+                                   extra_seconds=4 * WRITE_SECONDS + incoming.size / SLOWEST_STORAGE)
     except InDoubt:  # the document is there or may come, so its file stays
         raise
     except Exception:
@@ -1010,7 +1021,7 @@ async def get_result(document: OwnDocument, request: Request) -> Response:
     result = or_404(service_of(request).db.result(document.document_id))  # else it was deleted a moment ago
     others = json.dumps({
         "document_id": document.document_id, "status": document.status, "completed_at": document.finished_at})
-    return Response(f'{others[:-1]}, "result": {result}}}', media_type="application/json")
+    return Response(f'{others[:-1]}, "result": {result}}}', media_type="application/json")  # which is JSON already
 
 
 BINARY = {"schema": {"type": "string", "format": "binary"}, "example": "%PDF-1.7 ..."}

@@ -3,6 +3,7 @@
 This module knows neither SQL nor HTTP. Another store (S3, GCS) is one more class with the methods of `Storage`; the
 tests `test_storage_*` are its contract, to be run over that class too.
 """
+import codecs
 import contextlib
 import errno
 import functools
@@ -284,10 +285,13 @@ def content_types(archive: zipfile.ZipFile) -> dict[str, str]:
     def on_doctype(*_: object) -> NoReturn:  # OPC forbids DTDs; without one there are no entities to expand
         raise BadDocument("[Content_Types].xml has a DTD.")
 
-    parser = expat.ParserCreate()  # without namespaces: for each name it would copy one, which may be very long
+    content = b"".join(unpacked(archive, found[0], MAX_CONTENT_TYPES))
+    # OPC has these two encodings. A name of another one, however long, would stay in Python's memory.
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    parser = expat.ParserCreate("utf-16" if is_utf16 else "utf-8")
     parser.StartElementHandler = on_element
     parser.StartDoctypeDeclHandler = on_doctype
-    parser.Parse(b"".join(unpacked(archive, found[0], MAX_CONTENT_TYPES)), True)
+    parser.Parse(content, True)
     return declared
 
 

@@ -1,6 +1,7 @@
 """Each rule of the service has a test that is named after it. They use the real app, files, SQLite and processes."""
 import base64
 import contextlib
+import encodings
 import errno
 import fcntl
 import functools
@@ -932,7 +933,7 @@ HOSTILE: dict[str, tuple[bytes, Expected]] = {
             "no XML": typed(CONTENT_TYPES[:-1]), "entity bomb": typed(EXPANDED),
             "UTF-16 bomb": typed(EXPANDED, "utf-16"),
             "external entity": typed(CONTENT_TYPES.replace("?>", "?><!DOCTYPE Types SYSTEM 'file:///etc/passwd'>")),
-            "encoding of Python": typed(CONTENT_TYPES.replace("?>", " encoding='big5'?>"))}.items()}}),
+            "UTF-32": typed(CONTENT_TYPES, "utf-32")}.items()}}),
     **{f"filename: {name[:20]!a}": (file(name), (201, shown)) for name, shown in {
         "a\0b.pdf\0.exe.pdf": "ab.pdf.exe.pdf", "../../etc/cron.d/a.pdf": "a.pdf", "..\\..\\a.pdf": "a.pdf",
         "C:\\fake\\a.pdf": "a.pdf", "../.pdf": "document.pdf", "x" * 10_000 + ".pdf": "x" * 251 + ".pdf",
@@ -1141,6 +1142,14 @@ def test_reading_a_bomb_is_bounded(monkeypatch: Patch, request: pytest.FixtureRe
     with pytest.raises(BadDocument):
         check_is_whole(bombs[1], DOCX)
     assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
+
+
+def test_long_names_of_made_up_encodings_are_not_kept(client: httpx.Client) -> None:
+    made = "made" * 20
+    for name in (f"filename*={made}''a.pdf", f'filename="=?{made}?Q?a.pdf?="'):
+        exchange(client, sent(part(PDF, b'form-data; name="file"; ' + name.encode()) + END))
+    upload(client, typed(CONTENT_TYPES.replace("?>", f" encoding='{made}'?>")), "a.docx")
+    assert not [name for name in getattr(encodings, "_cache") if name.startswith("made")]
 
 
 def test_a_client_that_goes_leaves_nothing(shared: tuple[httpx.Client, Settings]) -> None:
@@ -2082,10 +2091,18 @@ def test_exit_is_bounded_whatever_is_under_way(tmp_path: Path, caplog: pytest.Lo
 
 
 def test_exit_is_bounded_while_nobody_can_write(tmp_path: Path) -> None:
-    with Server(tmp_path, DOCS_SHUTDOWN_SECONDS="0") as server, (tmp_path / "data/documents.db.lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # as a process does that was stopped in the middle of a commit
-        server.process.send_signal(signal.SIGINT)
-        server.process.wait(10)
+    settings = {"DOCS_SHUTDOWN_SECONDS": "0", "DOCS_PROCESS_SECONDS": "0.2"}
+    for running in (False, True):
+        with Server(tmp_path, **settings) as server, (tmp_path / "data/documents.db.lock").open() as lock:
+            with server.client() as client:
+                assert not running or client.post(f"{uploaded(client)}/process").status_code == 202
+            fcntl.flock(lock, fcntl.LOCK_EX)  # as a process does that was stopped in the middle of a commit
+            time.sleep(0.2)  # a running document waits for the lock then
+            server.process.send_signal(signal.SIGINT)
+            if running:
+                until(lambda: "Finished server process" in server.output())
+                fcntl.flock(lock, fcntl.LOCK_UN)
+            server.process.wait(10)
 
 
 def test_a_storage_that_hangs_holds_up_no_login(steps: Steps) -> None:
