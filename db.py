@@ -416,8 +416,8 @@ class Database:
 
     @write
     def rotate(self, session_id: str, user_id: str, used_jti: str) -> Session | None:
-        """Replaces the refresh token. The one before gets the same successor again during REFRESH_GRACE. None: there is
-        no such session, or another token of it was used, which is no good any more."""
+        """Replaces the refresh token. The one before gets the same successor again during REFRESH_GRACE. None for every
+        other token of the session, as it was used before, and when the session has ended."""
         row = self._w.execute(
             "SELECT session_id, user_id, username, refresh_jti, rotated_at, expires_at, previous_jti"
             " FROM sessions JOIN users USING (user_id) WHERE session_id = ? AND user_id = ?",

@@ -1132,6 +1132,7 @@ async def refresh(request: Request) -> Tokens:
         if session := await committed(service.db.rotate(used.sid, used.sub, used.jti)):
             request.state.username = session.username
             return tokens_of(service, session)
+        # This token was used before. If its session still stands, somebody else may have its successor.
         if username := await committed(service.db.end_session(used.sid, used.sub)):
             log_event("token_reused", logging.WARNING, user=username, client=client_address(request))
     raise Problem("invalid_grant", "The refresh token is invalid, expired, revoked or was used before.")
@@ -1213,10 +1214,7 @@ async def running_service(
     4. The database commits what it was given, for a second at most.
     """
     log.setLevel(settings.log_level)
-    # An upload takes two descriptors; the usual soft limit of 1,024 would end at 500 of them.
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # macOS allows less than its hard limit says
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 65536)), hard))
+    raise_descriptor_limit()
     service = Service(settings, storage, pipeline)
     await service.add_first_user()
     tasks = [asyncio.create_task(work) for work in (
@@ -1232,6 +1230,13 @@ async def running_service(
         closing = threading.Thread(target=service.close, name="close", daemon=True)
         closing.start()
         await asyncio.to_thread(closing.join, 1)
+
+
+def raise_descriptor_limit() -> None:
+    """An upload takes two descriptors; the usual soft limit of 1,024 would end at 500 of them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS allows less than its hard limit says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 65536)), hard))
 
 
 async def repeat(action: Callable[[], Awaitable[None]], seconds: float) -> None:
@@ -1250,29 +1255,27 @@ def uvicorn_server() -> uvicorn.Server | None:
 
 
 async def follow_uvicorn(service: Service) -> None:
-    """Gives the server the grace, sets the options of its sockets, and stops the workers once it has got SIGTERM."""
+    """Gives the server the grace and socket options, and stops the workers once it has got SIGTERM."""
     server = uvicorn_server()
     if server is None:
         return
     server.config.timeout_graceful_shutdown = service.settings.shutdown_seconds  # type: ignore[assignment]
     while not server.started:
         await asyncio.sleep(0.05)
-    for listener in server.servers:
-        for sock in listener.sockets:
-            set_tcp_options(sock, service.settings.upload_idle_seconds)
+    set_socket_options(server, service.settings.upload_idle_seconds)
     while not server.should_exit:
         await asyncio.sleep(0.1)
     service.workers.stop()
 
 
-def set_tcp_options(listening: Any, idle_seconds: float) -> None:
+def set_socket_options(server: uvicorn.Server, idle_seconds: float) -> None:
     """Connections inherit both on Linux. Without TCP_NODELAY, which uvicorn does not set for several workers, an answer
     may wait 40 ms. TCP_USER_TIMEOUT (tcp(7)) ends connections whose client takes nothing."""
-    if listening.family == socket.AF_UNIX:
-        return
-    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(1000 * idle_seconds))
+    listening: list[Any] = [sock for each in server.servers for sock in each.sockets if sock.family != socket.AF_UNIX]
+    for sock in listening:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(1000 * idle_seconds))
 
 
 # Commands
