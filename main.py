@@ -418,7 +418,7 @@ class Exchange:
         if message["type"] == "http.response.start":
             await self._start(message)
         elif is_last and self.body_unread and self.status != 408:  # a client that was too slow is not waited for again
-            await self._send({**message, "more_body": True})
+            await self._send({**message, "more_body": True})  # all bytes of the answer, but not its end
             await self._drain_and_end()
         else:
             await self._send(message)
@@ -605,7 +605,7 @@ OwnDocument = Annotated[Document, Depends(DocumentOfCaller())]
 SMALL_BODY = 65536  # bytes: also what a multipart body may have around its file
 UPLOAD_SECONDS = 3600.0
 SLOWEST_STORAGE = 100_000  # bytes a second
-HELD_BY_ONE, HELD_BY_ALL = 2 * 2**20, 24 * 2**20  # bytes: the most that one upload holds, and what all share
+HELD_BY_ONE, HELD_BY_ALL = 2 * 2**20, 24 * 2**20  # bytes: more than the one, or its share of the other, is written
 
 
 async def body_chunks(request: Request, limit: int, seconds: float) -> AsyncIterator[bytes]:
@@ -798,7 +798,7 @@ class Workers:
     def __init__(self, db: Database, storage: Storage, pipeline: Pipeline, settings: Settings) -> None:
         self._db, self._storage, self._pipeline, self._settings = db, storage, pipeline, settings
         self._pool = ThreadPoolExecutor(settings.process_workers, "worker")
-        self._run_ids: set[str] = set()  # of runs, and of claims under way
+        self._busy: set[str] = set()  # the run id of each busy thread, from before its claim on
         self._grace_end = math.inf  # by time.monotonic(), once `stop` was called
 
     @property
@@ -808,7 +808,7 @@ class Workers:
     def wake(self) -> None:
         """A document waits: an idle thread looks for it, and a busy thread will when its run has ended. A thread that
         found nothing just before the document came is woken by `keep_leases`, within a second."""
-        if not self.stopping and len(self._run_ids) < self._settings.process_workers:
+        if not self.stopping and len(self._busy) < self._settings.process_workers:
             self._pool.submit(self._work)
 
     def stop(self) -> None:
@@ -817,16 +817,17 @@ class Workers:
         self._grace_end = min(self._grace_end, time.monotonic() + self._settings.shutdown_seconds)
 
     async def close(self) -> None:
-        """Waits for the runs until the grace is over. The process ends when their steps under way have ended too."""
+        """Waits for the runs until the grace is over. (uvicorn ends the process by its signal then; as process 1 of a
+        container it ends when the steps under way have ended.)"""
         self.stop()
-        while self._run_ids and time.monotonic() < self._grace_end:
+        while self._busy and time.monotonic() < self._grace_end:
             await asyncio.sleep(0.02)
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def keep_leases(self) -> None:
         """Gives a sign of life for the runs of this process, and takes over runs whose process gives none."""
         taken_over = await committed(self._db.renew_leases(
-            list(self._run_ids), self._settings.lease_seconds, self._settings.max_attempts))
+            list(self._busy), self._settings.lease_seconds, self._settings.max_attempts))
         for document in taken_over:
             event = "process_failed" if document.status == Status.FAILED else "process_requeued"
             log_run(event, document, error="interrupted")
@@ -837,7 +838,7 @@ class Workers:
         """Claims documents and runs them, one after the other, until none waits."""
         while not self.stopping:
             run_id = uuid.uuid4().hex
-            self._run_ids.add(run_id)
+            self._busy.add(run_id)
             try:
                 document = self._db.claim(run_id).result()
                 if document is None:
@@ -849,7 +850,7 @@ class Workers:
                 log_event("background_error", logging.ERROR, failure=failure)
                 return
             finally:
-                self._run_ids.discard(run_id)
+                self._busy.discard(run_id)
                 request_id_of_context.set(None)
 
     def _run(self, run_id: str, document: Document) -> None:
@@ -924,7 +925,7 @@ async def upload(request: Request) -> Response:
         # Many uploads that end at once wait for each other; on a slow disk that takes longer than any other write.
         document = await committed(service.store(incoming, user.user_id, idempotency_key),
                                    extra_seconds=4 * WRITE_SECONDS + incoming.size / SLOWEST_STORAGE)
-    except InDoubt:  # the document is there or may come, so its file stays
+    except (InDoubt, asyncio.CancelledError):  # the document is there or may come, so its file stays
         raise
     except Exception:
         await run_in_threadpool(incoming.discard)
