@@ -288,9 +288,9 @@ class Database:
                 settle(batch)
 
     def _next_batch(self, expected: int) -> list[Write]:
-        """Waits for a write, and then up to 10 ms for as many as came last time: clients that wrote together tend to do
+        """Waits for a write, and then up to 20 ms for as many as came last time: clients that wrote together tend to do
         so again, and share the fsyncs."""
-        first, end = self._queue.get(), time.monotonic() + 0.01
+        first, end = self._queue.get(), time.monotonic() + 0.02
         while 1 + self._queue.qsize() < expected and time.monotonic() < end:
             time.sleep(0.001)
         return [first, *(self._queue.get() for _ in range(self._queue.qsize()))]
