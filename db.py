@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import functools
 import json
-import operator
 import os
 import sqlite3
 import threading
@@ -194,22 +193,12 @@ def write(method: Callable[Concatenate["Database", P], T]) -> Callable[Concatena
     return submitted
 
 
-def settle(batch: list[Write]) -> None:
-    for each in batch:
-        if each.error:
-            each.future.set_exception(each.error)
-        else:
-            each.future.set_result(each.result)
-
-
 class Database:
-    def __init__(self, path: Path, sync: Callable[[], None], keys: Callable[[], Iterator[str]],
-                 call_soon: Callable[..., object] = operator.call) -> None:
+    def __init__(self, path: Path, sync: Callable[[], None], keys: Callable[[], Iterator[str]]) -> None:
         """Opens or creates the file. `sync` makes the files of new documents durable, before their commit; `keys` are
-        those of the stored files. A server gives its `loop.call_soon_threadsafe`: when the event loop itself settles
-        the futures of a batch, it does not take turns with the committer for each. Raises UnusableDatabase, or
-        sqlite3.Error or OSError when the file can't be opened."""
-        self._sync, self._call_soon = sync, call_soon
+        those of the stored files. Raises UnusableDatabase, or sqlite3.Error or OSError when the file can't be opened.
+        """
+        self._sync = sync
         self._queue: SimpleQueue[Write] = SimpleQueue()
         self._closed = False
         self._lock_path = path.with_name(path.name + ".lock")
@@ -282,10 +271,11 @@ class Database:
             batch = self._next_batch(expected=len(batch))
             self._sync_files([each for each in batch if each.needs_sync])
             self._commit_batch([each for each in batch if not each.error])
-            try:
-                self._call_soon(settle, batch)
-            except RuntimeError:  # the event loop is closed, but threads may wait
-                settle(batch)
+            for each in batch:
+                if each.error:
+                    each.future.set_exception(each.error)
+                else:
+                    each.future.set_result(each.result)
 
     def _next_batch(self, expected: int) -> list[Write]:
         """Waits for a write, and then up to 20 ms for as many as came last time: clients that wrote together tend to do

@@ -25,7 +25,6 @@ import json
 import logging
 import logging.config
 import math
-import operator
 import os
 import re
 import resource
@@ -461,7 +460,7 @@ class Service:
 
     def __init__(self, settings: Settings, storage: Storage | None, pipeline: "Pipeline | None") -> None:
         self.settings = settings
-        self.db, self.storage = open_stores(settings, storage, asyncio.get_running_loop().call_soon_threadsafe)
+        self.db, self.storage = open_stores(settings, storage)
         secret = settings.jwt_secret or secret_file(self.db, settings.data_dir / "jwt-secret").encode()
         self.signer = auth.TokenSigner(secret)
         self.publishers = ThreadPoolExecutor(self.storage.parallel, "publisher")
@@ -519,8 +518,7 @@ class Service:
         self.db.close()
 
 
-def open_stores(settings: Settings, storage: Storage | None = None,
-                call_soon: Callable[..., object] = operator.call) -> tuple[Database, Storage]:
+def open_stores(settings: Settings, storage: Storage | None = None) -> tuple[Database, Storage]:
     """The database, and the storage of the documents' files: the one given, or the folder `files`."""
     folder = settings.data_dir.absolute()  # a pipeline may change the current folder
     try:
@@ -528,7 +526,7 @@ def open_stores(settings: Settings, storage: Storage | None = None,
         files = storage or LocalStorage(folder / "files")
     except OSError as error:
         raise ValueError(f"DOCS_DATA_DIR: should be a folder that can be used ({error.strerror})") from error
-    return Database(folder / "documents.db", files.sync, files.keys, call_soon), files
+    return Database(folder / "documents.db", files.sync, files.keys), files
 
 
 def secret_file(db: Database, path: Path) -> str:
