@@ -174,7 +174,7 @@ def utc_now() -> str:
 
 @dataclass(eq=False)
 class Write:
-    """A write on its way to the disk. `future` is done when it is there."""
+    """A write on its way to the disk. `future` is done when the write is there, or has failed."""
 
     operation: Callable[[], Any]
     future: Future[Any]

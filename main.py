@@ -923,7 +923,7 @@ async def upload(request: Request) -> Response:
         # Many uploads that end at once wait for each other; on a slow disk that takes longer than any other write.
         document = await committed(service.store(incoming, user.user_id, idempotency_key),
                                    extra_seconds=4 * WRITE_SECONDS + incoming.size / SLOWEST_STORAGE)
-    except (InDoubt, asyncio.CancelledError):  # the document is there or may come, so its file stays
+    except (InDoubt, asyncio.CancelledError):  # the document is there or may come; or the exit does not wait
         raise
     except Exception:
         await run_in_threadpool(incoming.discard)
