@@ -1180,15 +1180,11 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
     """The service. Settings are those of the environment at the start, storage is the local disk in the data
     directory, and the pipeline is the simulated one, unless given here."""
 
-    @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
-        async with running_service(settings or Settings.from_environment(os.environ), storage, pipeline) as service:
-            yield {"service": service}
-
     if not logging.getLogger().handlers:  # else somebody configured it: gunicorn, `--log-config` with a root logger
         logging.config.dictConfig(LOGGING)
     application = FastAPI(
-        title="Document Lifecycle API", version="1.0.0", description=DESCRIPTION, lifespan=lifespan,
+        title="Document Lifecycle API", version="1.0.0", description=DESCRIPTION,
+        lifespan=lambda _: running_service(settings or Settings.from_environment(os.environ), storage, pipeline),
         openapi_tags=[{"name": tag} for tag in ("auth", "documents", "processing", "health")],
         redirect_slashes=False, redoc_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # FastAPI's OpenTelemetry: nothing collects it
@@ -1200,8 +1196,8 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
 
 @contextlib.asynccontextmanager
 async def running_service(
-        settings: Settings, storage: Storage | None, pipeline: Pipeline | None) -> AsyncIterator[Service]:
-    """The service, from its start to its end.
+        settings: Settings, storage: Storage | None, pipeline: Pipeline | None) -> AsyncIterator[dict[str, Any]]:
+    """The service, from its start to its end. It yields the state of all requests, where `service_of` finds it.
 
     After SIGTERM:
     1. `follow_uvicorn` stops the workers within 0.1 s: no more runs begin, long polls are answered, the grace begins.
@@ -1217,7 +1213,7 @@ async def running_service(
         follow_uvicorn(service), repeat(service.workers.keep_leases, min(1.0, settings.lease_seconds / 4)),
         repeat(service.remove_deleted_files, 0.5))]
     try:
-        yield service
+        yield {"service": service}
     finally:
         await service.workers.close()
         for task in tasks:
