@@ -61,6 +61,7 @@ from python_multipart.multipart import MultipartParser, MultipartState, parse_op
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -1182,16 +1183,14 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
 
     if not logging.getLogger().handlers:  # else somebody configured it: gunicorn, `--log-config` with a root logger
         logging.config.dictConfig(LOGGING)
-    application = FastAPI(
+    return FastAPI(
         title="Document Lifecycle API", version="1.0.0", description=DESCRIPTION,
         lifespan=lambda _: running_service(settings or Settings.from_environment(os.environ), storage, pipeline),
         openapi_tags=[{"name": tag} for tag in ("auth", "documents", "processing", "health")],
         redirect_slashes=False, redoc_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # FastAPI's OpenTelemetry: nothing collects it
-        exception_handlers={HTTPException: reraise, RequestValidationError: reraise})
-    application.add_middleware(RequestMiddleware)
-    application.router.routes[:0] = router.routes  # `include_router` would match each request twice
-    return application
+        exception_handlers={HTTPException: reraise, RequestValidationError: reraise},
+        middleware=[Middleware(RequestMiddleware)], routes=router.routes)  # `include_router` would match requests twice
 
 
 @contextlib.asynccontextmanager
