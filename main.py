@@ -904,6 +904,14 @@ router = APIRouter(responses={"default": {
 IDEMPOTENCY_KEY = "[!-~]{1,128}"
 
 
+@router.post(  # for the documentation alone: `create_app` puts a plain route before it, which serves the upload
+    "/documents/upload", tags=["documents"], summary="Upload a PDF or DOCX", status_code=201,
+    response_model=DocumentOut, dependencies=[Depends(signed_in)], openapi_extra={
+        "parameters": [{"name": "Idempotency-Key", "in": "header", "required": False, "description": "one for a file",
+                        "schema": {"type": "string", "pattern": f"^{IDEMPOTENCY_KEY}$"}}],
+        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {
+            "type": "object", "required": ["file"],
+            "properties": {"file": {"type": "string", "format": "binary", "description": "PDF or DOCX"}}}}}}})
 async def upload(request: Request) -> Response:
     """Stores one file, which after the 201 survives a crash or a power loss. With an `Idempotency-Key` a repeated
     upload answers the first document again. Errors: `malformed_body`, `upload_timeout`, `too_large`,
@@ -934,19 +942,6 @@ async def upload(request: Request) -> Response:
     else:
         headers["Idempotency-Replayed"] = "true"
     return Response(DocumentOut.model_validate(document).model_dump_json(), 201, headers, "application/json")
-
-
-# The first route serves the upload, the second one documents it. FastAPI's own handling of a request would take a sixth
-# of the time of a small upload.
-router.routes.append(Route("/documents/upload", upload, methods=["POST"]))
-router.add_api_route(
-    "/documents/upload", upload, methods=["POST"], tags=["documents"], summary="Upload a PDF or DOCX",
-    status_code=201, response_model=DocumentOut, dependencies=[Depends(signed_in)], openapi_extra={
-        "parameters": [{"name": "Idempotency-Key", "in": "header", "required": False, "description": "one for a file",
-                        "schema": {"type": "string", "pattern": f"^{IDEMPOTENCY_KEY}$"}}],
-        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {
-            "type": "object", "required": ["file"],
-            "properties": {"file": {"type": "string", "format": "binary", "description": "PDF or DOCX"}}}}}}})
 
 
 CURSOR = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z_[0-9a-f-]{36}$"  # created_at and id of the last document of a page
@@ -1190,7 +1185,10 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
         redirect_slashes=False, redoc_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # FastAPI's OpenTelemetry: nothing collects it
         exception_handlers={HTTPException: reraise, RequestValidationError: reraise},
-        middleware=[Middleware(RequestMiddleware)], routes=router.routes)  # `include_router` would match requests twice
+        middleware=[Middleware(RequestMiddleware)], routes=[
+            # FastAPI's own handling of a request would take a sixth of the time of a small upload.
+            Route("/documents/upload", upload, methods=["POST"]),
+            *router.routes])  # `include_router` would match each request twice
 
 
 @contextlib.asynccontextmanager
