@@ -334,9 +334,10 @@ def problem_of(request: Request, failure: BaseException) -> Problem:
             return Problem("not_found")
         case OSError() | sqlite3.Error():
             log_event("storage_error", logging.ERROR, failure=failure)
-            full = (getattr(failure, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-                    or getattr(failure, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL)
-            return Problem("insufficient_storage" if full else "unavailable")
+            no_space = request.method not in ("GET", "HEAD") and (  # so `/readyz` is 503 whatever is wrong
+                getattr(failure, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+                or getattr(failure, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL)
+            return Problem("insufficient_storage" if no_space else "unavailable")
         case asyncio.CancelledError():  # by uvicorn, when the grace of a shutdown is over
             return Problem("unavailable")
         case _:
@@ -1150,13 +1151,8 @@ async def healthz() -> Health:
 @router.get("/readyz", tags=["health"], summary="Can documents be taken?")
 async def readyz(request: Request) -> Health:
     """Writes to the database and to the file store. Error: `unavailable`."""
-    service = service_of(request)
-    try:
-        await run_in_threadpool(service.storage.check)
-        await committed(service.db.check_writable())
-    except (OSError, sqlite3.Error) as failure:
-        log_event("storage_error", logging.ERROR, failure=failure)
-        raise Problem("unavailable") from None
+    await run_in_threadpool(service_of(request).storage.check)
+    await committed(service_of(request).db.check_writable())
     return Health()
 
 
