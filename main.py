@@ -1256,8 +1256,7 @@ async def follow_uvicorn(service: Service) -> None:
 def set_socket_options(server: uvicorn.Server, idle_seconds: float) -> None:
     """Connections inherit both on Linux. Without TCP_NODELAY, which uvicorn does not set for several workers, an answer
     may wait 40 ms. TCP_USER_TIMEOUT (tcp(7)) ends connections whose client takes nothing."""
-    listening: list[Any] = [sock for each in server.servers for sock in each.sockets if sock.family != socket.AF_UNIX]
-    for sock in listening:
+    for sock in [sock for each in server.servers for sock in each.sockets if sock.family != socket.AF_UNIX]:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(1000 * idle_seconds))
