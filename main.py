@@ -38,7 +38,6 @@ import time
 import traceback
 import unicodedata
 import uuid
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
@@ -468,7 +467,7 @@ class Service:
         self.publishers = ThreadPoolExecutor(self.storage.parallel, "publisher")
         self.open_uploads = 0
         self.password_checks = asyncio.Semaphore(2)  # scrypt takes 16 MiB and a processor
-        self.logins: Counter[str] = Counter()  # under way, by throttle key
+        self.logins: list[str] = []  # the throttle key of each that is under way
         self.workers = Workers(self.db, self.storage, pipeline or functools.partial(
             simulated_pipeline, seconds=settings.process_seconds), settings)
 
@@ -1088,11 +1087,11 @@ async def login(request: Request) -> Tokens:
     """Gives an access and a refresh token (OAuth 2 password grant). Errors: `invalid_grant`, `too_many_attempts`."""
     service, sent, client = service_of(request), await read_fields(request, Credentials), client_address(request)
     key, name_hash = auth.throttle_key(client), service.signer.name_hash(sent.username)
-    if service.logins[key] >= LOGINS_AT_ONCE:
+    if service.logins.count(key) >= LOGINS_AT_ONCE:
         raise Problem("too_many_attempts")
     user = service.db.user(sent.username)
     name = user.username if user else None  # an unknown one may be a password in the wrong field: it is not logged
-    service.logins[key] += 1
+    service.logins.append(key)
     try:
         async with service.password_checks:
             if await request.is_disconnected():
@@ -1105,7 +1104,7 @@ async def login(request: Request) -> Tokens:
         log_event("login_throttled", logging.WARNING, user=name, client=client)
         raise
     finally:
-        service.logins -= Counter([key])  # which drops a count of zero
+        service.logins.remove(key)
     if session is None:
         log_event("login_failed", logging.WARNING, user=name, client=client)
         raise Problem("invalid_grant", "Wrong user name or password.")
