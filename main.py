@@ -1016,13 +1016,11 @@ async def get_result(document: OwnDocument, request: Request) -> Response:
     return Response(f'{others[:-1]}, "result": {result}}}', media_type="application/json")  # which is JSON already
 
 
-BINARY = {"schema": {"type": "string", "format": "binary"}, "example": "%PDF-1.7 ..."}
-
-
 @router.get("/documents/{document_id:uuid}/file", tags=["documents"], summary="Download the stored file",
             response_class=StreamingResponse, responses={
-                200: {"description": "The stored bytes", "content": {
-                    media_type: BINARY for media_type in ("application/octet-stream", PDF, DOCX)}},
+                200: {"description": "The stored bytes", "content": dict.fromkeys(
+                    ("application/octet-stream", PDF, DOCX),
+                    {"schema": {"type": "string", "format": "binary"}, "example": "%PDF-1.7 ..."})},
                 304: {"description": "The client has this file already: see If-None-Match"}})
 async def get_file(document: OwnDocument, request: Request) -> Response:
     """The bytes that were uploaded, with their SHA-256 as ETag. Errors: `not_found`, `file_missing`."""
