@@ -22,7 +22,6 @@ import errno
 import functools
 import getpass
 import json
-import logging
 import logging.config
 import math
 import os
