@@ -53,7 +53,7 @@ from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
 from fastapi.security import OAuth2PasswordBearer
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Json, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, Json, ValidationError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, MultipartState, parse_options_header
 from starlette.concurrency import run_in_threadpool
@@ -167,15 +167,13 @@ DocumentId = Annotated[str, Field(json_schema_extra={"format": "uuid"})]
 Timestamp = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 
 
-def with_example(**example: Any) -> ConfigDict:
-    return ConfigDict(from_attributes=True, json_schema_serialization_defaults_required=True,
-                      json_schema_extra={"example": example})
+class Answer(BaseModel, from_attributes=True, json_schema_serialization_defaults_required=True):
+    """What a success sends."""
 
 
-class Tokens(BaseModel):
-    model_config = with_example(
-        access_token="eyJhbGciOiJIUzI1NiIsInR5cCI6ImF0K2p3dCJ9.e30.c2ln", token_type="bearer", expires_in=900,
-        refresh_token="eyJhbGciOiJIUzI1NiIsInR5cCI6InJ0K2p3dCJ9.e30.c2ln", refresh_expires_in=604800)
+class Tokens(Answer, json_schema_extra={"example": {
+        "access_token": "eyJhbGciOiJIUzI1NiIsInR5cCI6ImF0K2p3dCJ9.e30.c2ln", "token_type": "bearer", "expires_in": 900,
+        "refresh_token": "eyJhbGciOiJIUzI1NiIsInR5cCI6InJ0K2p3dCJ9.e30.c2ln", "refresh_expires_in": 604800}}):
     access_token: str
     token_type: Literal["bearer"] = "bearer"
     expires_in: int = Field(description="seconds")
@@ -183,11 +181,11 @@ class Tokens(BaseModel):
     refresh_expires_in: int = Field(description="seconds")
 
 
-class DocumentOut(BaseModel):
-    model_config = with_example(
-        document_id="5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11", filename="report.pdf", media_type=PDF, size=80100,
-        sha256="69f6b7f493b1bc55d518942976cbeadc4ec0a36f6d8a6dc24feffc516d35b2c9", status="UPLOADED",
-        created_at="2026-01-31T12:00:00.000000Z", updated_at="2026-01-31T12:00:00.000000Z")
+class DocumentOut(Answer, json_schema_extra={"example": {
+        "document_id": "5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11", "filename": "report.pdf", "media_type": PDF,
+        "size": 80100, "sha256": "69f6b7f493b1bc55d518942976cbeadc4ec0a36f6d8a6dc24feffc516d35b2c9",
+        "status": "UPLOADED", "created_at": "2026-01-31T12:00:00.000000Z",
+        "updated_at": "2026-01-31T12:00:00.000000Z"}}):
     document_id: DocumentId
     filename: str
     media_type: str
@@ -204,13 +202,12 @@ class ProcessingError(BaseModel):
     retryable: bool
 
 
-class StatusOut(BaseModel):
-    model_config = with_example(
-        document_id="5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11", status="FAILED", progress=0, attempts=1,
-        message="The PDF has no end-of-file marker.", request_id="8f14e45f", created_at="2026-01-31T12:00:00.000000Z",
-        updated_at="2026-01-31T12:00:02.000000Z", started_at="2026-01-31T12:00:01.000000Z",
-        finished_at="2026-01-31T12:00:02.000000Z", error={
-            "code": "damaged_document", "message": "The PDF has no end-of-file marker.", "retryable": False})
+class StatusOut(Answer, json_schema_extra={"example": {
+        "document_id": "5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11", "status": "FAILED", "progress": 0, "attempts": 1,
+        "message": "The PDF has no end-of-file marker.", "request_id": "8f14e45f",
+        "created_at": "2026-01-31T12:00:00.000000Z", "updated_at": "2026-01-31T12:00:02.000000Z",
+        "started_at": "2026-01-31T12:00:01.000000Z", "finished_at": "2026-01-31T12:00:02.000000Z", "error": {
+            "code": "damaged_document", "message": "The PDF has no end-of-file marker.", "retryable": False}}}):
     document_id: DocumentId
     status: Status
     progress: int = Field(ge=0, le=100)
@@ -224,19 +221,17 @@ class StatusOut(BaseModel):
     error: Json[ProcessingError] | None = Field(description="only when FAILED")
 
 
-class ResultOut(BaseModel):
-    model_config = with_example(
-        document_id="5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11", status="COMPLETED",
-        completed_at="2026-01-31T12:00:03.000000Z", result={
-            "document_type": "PDF", "summary": "A simulated summary of report.pdf.", "keywords": ["simulated"]})
+class ResultOut(Answer, json_schema_extra={"example": {
+        "document_id": "5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11", "status": "COMPLETED",
+        "completed_at": "2026-01-31T12:00:03.000000Z", "result": {
+            "document_type": "PDF", "summary": "A simulated summary of report.pdf.", "keywords": ["simulated"]}}}):
     document_id: DocumentId
     status: Status
     completed_at: Timestamp
     result: Any
 
 
-class Health(BaseModel):
-    model_config = with_example(status="ok")
+class Health(Answer, json_schema_extra={"example": {"status": "ok"}}):
     status: Literal["ok"] = "ok"
 
 
