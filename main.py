@@ -163,7 +163,6 @@ class RefreshToken(BaseModel):
     grant_type: Literal["refresh_token"] = "refresh_token"
 
 
-DocumentId = Annotated[str, Field(json_schema_extra={"format": "uuid"})]
 Timestamp = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 
 
@@ -181,17 +180,20 @@ class Tokens(Answer, json_schema_extra={"example": {
     refresh_expires_in: int = Field(description="seconds")
 
 
-class DocumentOut(Answer, json_schema_extra={"example": {
+class OfDocument(Answer):
+    document_id: uuid.UUID
+    status: Status
+
+
+class DocumentOut(OfDocument, json_schema_extra={"example": {
         "document_id": "5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11", "filename": "report.pdf", "media_type": PDF,
         "size": 80100, "sha256": "69f6b7f493b1bc55d518942976cbeadc4ec0a36f6d8a6dc24feffc516d35b2c9",
         "status": "UPLOADED", "created_at": "2026-01-31T12:00:00.000000Z",
         "updated_at": "2026-01-31T12:00:00.000000Z"}}):
-    document_id: DocumentId
     filename: str
     media_type: str
     size: int = Field(description="bytes")
     sha256: str
-    status: Status
     created_at: Timestamp
     updated_at: Timestamp
 
@@ -202,14 +204,12 @@ class ProcessingError(BaseModel):
     retryable: bool
 
 
-class StatusOut(Answer, json_schema_extra={"example": {
+class StatusOut(OfDocument, json_schema_extra={"example": {
         "document_id": "5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11", "status": "FAILED", "progress": 0, "attempts": 1,
         "message": "The PDF has no end-of-file marker.", "request_id": "8f14e45f",
         "created_at": "2026-01-31T12:00:00.000000Z", "updated_at": "2026-01-31T12:00:02.000000Z",
         "started_at": "2026-01-31T12:00:01.000000Z", "finished_at": "2026-01-31T12:00:02.000000Z", "error": {
             "code": "damaged_document", "message": "The PDF has no end-of-file marker.", "retryable": False}}}):
-    document_id: DocumentId
-    status: Status
     progress: int = Field(ge=0, le=100)
     message: str
     attempts: int
@@ -221,12 +221,10 @@ class StatusOut(Answer, json_schema_extra={"example": {
     error: Json[ProcessingError] | None = Field(description="only when FAILED")
 
 
-class ResultOut(Answer, json_schema_extra={"example": {
+class ResultOut(OfDocument, json_schema_extra={"example": {
         "document_id": "5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11", "status": "COMPLETED",
         "completed_at": "2026-01-31T12:00:03.000000Z", "result": {
             "document_type": "PDF", "summary": "A simulated summary of report.pdf.", "keywords": ["simulated"]}}}):
-    document_id: DocumentId
-    status: Status
     completed_at: Timestamp
     result: Any
 
