@@ -406,32 +406,26 @@ class Exchange:
         return message
 
     async def send(self, message: Message) -> None:
-        is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
         if message["type"] == "http.response.start":
-            await self._start(message)
-        elif is_last and self.body_unread and self.status != 408:  # a client that was too slow is not waited for again
+            self.status = message["status"]
+            MutableHeaders(raw=message["headers"]).setdefault("Cache-Control", "no-store")
+            message["headers"] += [(b"x-request-id", self._request_id.encode()), *SECURITY_HEADERS]
+            if self.body_unread:
+                await asyncio.sleep(0)  # lets uvicorn notice a connection that it has closed for a malformed body
+        elif self.body_unread and not message.get("more_body", False) and self.status != 408:
+            # A client that was too slow, 408, is not waited for again.
             await self._send({**message, "more_body": True})  # all bytes of the answer, but not its end
-            await self._drain_and_end()
-        else:
-            await self._send(message)
-
-    async def _start(self, message: Message) -> None:
-        self.status = message["status"]
-        MutableHeaders(raw=message["headers"]).setdefault("Cache-Control", "no-store")
-        message["headers"] += [(b"x-request-id", self._request_id.encode()), *SECURITY_HEADERS]
-        if self.body_unread:
-            await asyncio.sleep(0)  # lets uvicorn notice a connection that it has closed for a malformed body
+            await self._drain()
+            # When the body goes on for too long, the answer gets no end: uvicorn closes the connection then.
+            message = {"type": "http.response.body", "more_body": self.body_unread}
         await self._send(message)
 
-    async def _drain_and_end(self) -> None:
-        """When the body goes on for too long, the answer gets no end: uvicorn closes the connection then."""
+    async def _drain(self) -> None:
         drained = 0
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_SECONDS):
                 while self.body_unread and drained < DRAIN_BYTES:
                     drained += len((await self.receive()).get("body", b""))
-        if not self.body_unread:
-            await self._send({"type": "http.response.body"})
 
 
 def client_address(request: Request) -> str:
