@@ -108,7 +108,7 @@ class Settings(BaseModel, frozen=True, populate_by_name=True, alias_generator=la
 # Log
 
 log = logging.getLogger("documents")
-request_id_of_context: ContextVar[str | None] = ContextVar("request_id", default=None)
+request_id_of_context: ContextVar[str] = ContextVar("request_id", default="")
 
 
 def log_event(event: str, level: int = logging.INFO, *, failure: BaseException | None = None, **fields: Any) -> None:
@@ -343,8 +343,6 @@ async def reraise(_: Request, failure: Exception) -> Response:
 
 # The request middleware
 
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-SECURITY_HEADERS = ((b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY"))
 DRAIN_SECONDS, DRAIN_BYTES = 30.0, 2**28
 
 
@@ -360,11 +358,9 @@ class RequestMiddleware:
         # Nobody reads cookies, but FastAPI parses them; a hostile one takes old Pythons seconds (CVE-2024-7592).
         scope["headers"] = [header for header in scope["headers"] if header[0] != b"cookie"]
         start, request = time.perf_counter(), Request(scope)
-        request_id = request.headers.get("x-request-id", "")
-        if not REQUEST_ID.fullmatch(request_id):
-            request_id = uuid.uuid4().hex
-        request_id_of_context.set(request_id)
-        exchange = Exchange(request, receive, send, request_id)
+        sent_id = re.fullmatch(r"[A-Za-z0-9._-]{1,64}", request.headers.get("x-request-id", ""))
+        request_id_of_context.set(sent_id[0] if sent_id else uuid.uuid4().hex)
+        exchange = Exchange(request, receive, send)
         # uvicorn leaves out the body of an answer to HEAD by itself.
         inner_scope = {**scope, "method": "GET", "head": True} if request.method == "HEAD" else scope
         try:
@@ -395,8 +391,8 @@ class Exchange:
     was read and thrown away, within DRAIN_SECONDS and DRAIN_BYTES.
     """
 
-    def __init__(self, request: Request, receive: Receive, send: Send, request_id: str) -> None:
-        self._receive, self._send, self._request_id, headers = receive, send, request_id, request.headers
+    def __init__(self, request: Request, receive: Receive, send: Send) -> None:
+        self._receive, self._send, headers = receive, send, request.headers
         self.status = 0  # of the answer, once that has begun
         self.body_unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
@@ -409,7 +405,8 @@ class Exchange:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             MutableHeaders(raw=message["headers"]).setdefault("Cache-Control", "no-store")
-            message["headers"] += [(b"x-request-id", self._request_id.encode()), *SECURITY_HEADERS]
+            message["headers"] += [(b"x-request-id", request_id_of_context.get().encode()),
+                                   (b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY")]
             if self.body_unread:
                 await asyncio.sleep(0)  # lets uvicorn notice a connection that it has closed for a malformed body
         elif self.body_unread and not message.get("more_body", False) and self.status != 408:
@@ -833,11 +830,11 @@ class Workers:
                 return
             finally:
                 self._busy.discard(run_id)
-                request_id_of_context.set(None)
+                request_id_of_context.set("")
 
     def _run(self, run_id: str, document: Document) -> None:
         document_id, start = document.document_id, time.monotonic()
-        request_id_of_context.set(document.request_id)  # also for what the pipeline logs
+        request_id_of_context.set(document.request_id or "")  # also for what the pipeline logs
         log_run("process_started", document)
         try:
             result = self._call_pipeline(run_id, document)
@@ -962,7 +959,7 @@ async def get_one(document: OwnDocument) -> Document:
 async def process(document_id: uuid.UUID, request: Request, response: Response, user: CurrentUser) -> Document:
     """Idempotent: however many calls come, an UPLOADED or FAILED document is queued once. Errors: `not_found`,
     `queue_full`."""
-    service, request_id = service_of(request), request_id_of_context.get() or ""
+    service, request_id = service_of(request), request_id_of_context.get()
     document = or_404(await committed(service.db.enqueue(
         str(document_id), user.user_id, request_id, service.settings.max_queue)))
     if document.status == Status.COMPLETED:
