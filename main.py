@@ -519,8 +519,7 @@ def secret_file(db: Database, path: Path) -> str:
         if not path.exists() or not path.stat().st_size:
             path.unlink(missing_ok=True)  # an empty file may be open to others
             with open(path, "w", opener=private) as file:
-                file.write(secrets.token_urlsafe(32))
-                file.flush()
+                print(secrets.token_urlsafe(32), end="", file=file, flush=True)
                 os.fsync(file.fileno())
             fsync_folder(path.parent)
         return path.read_text().strip()
