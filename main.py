@@ -40,7 +40,6 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
-from datetime import datetime, timezone
 from email.errors import HeaderParseError
 from email.header import decode_header
 from http import HTTPStatus
@@ -66,7 +65,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import auth
 from db import (Database, Document, InDoubt, KeyReused, QueueFull, RunLost, Session, Status, Throttled,
-                UnusableDatabase, User, utc_now, utc_text)
+                UnusableDatabase, User, utc_now)
 from storage import (DOCX, MEDIA_TYPES, PDF, BadDocument, Incoming, LocalStorage, Storage, check_is_whole, fsync_folder,
                      make_folder, private)
 
@@ -124,12 +123,11 @@ class JsonFormatter(logging.Formatter):
         if event.startswith("Traceback"):  # what Starlette says of a start that failed; the last line tells why
             event = event.strip().rpartition("\n")[2]
         entry: dict[str, Any] = {
-            "timestamp": utc_text(datetime.fromtimestamp(record.created, timezone.utc)), "level": record.levelname,
-            "logger": record.name, "event": event[-1000:]}
+            "timestamp": utc_now(), "level": record.levelname, "logger": record.name, "event": event[-1000:]}
         if request_id := request_id_of_context.get():
             entry["request_id"] = request_id
-        fields = getattr(record, "fields", {}).items()
-        entry |= {name: value[-160:] if isinstance(value, str) else value for name, value in fields}
+        entry |= {name: value[-160:] if isinstance(value, str) else value
+                  for name, value in getattr(record, "fields", {}).items()}
         if record.exc_info and (failure := record.exc_info[1]):
             # An exception's text can hold what a client sent, except that of an OSError or sqlite3.Error.
             text = f": {failure}"[:200] if isinstance(failure, (OSError, sqlite3.Error)) else ""
