@@ -163,13 +163,9 @@ class Document:
 COLUMNS = ", ".join(column.name for column in fields(Document))
 
 
-def utc_text(moment: datetime) -> str:
-    """RFC 3339 with microseconds and Z, of a moment in UTC; sorts by time as text."""
-    return moment.isoformat(timespec="microseconds")[:26] + "Z"
-
-
 def utc_now() -> str:
-    return utc_text(datetime.now(timezone.utc))
+    """RFC 3339 with microseconds and Z; sorts by time as text."""
+    return datetime.now(timezone.utc).isoformat(timespec="microseconds")[:26] + "Z"
 
 
 @dataclass(eq=False)
