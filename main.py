@@ -235,11 +235,11 @@ class Health(Answer, json_schema_extra={"example": {"status": "ok"}}):
 
 SOON = {"Retry-After": "1"}
 BEARER = {"WWW-Authenticate": "Bearer"}
-BAD_BEARER = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
 PROBLEMS: dict[str, tuple[int, str, dict[str, str]]] = {
     "malformed_body": (400, "The multipart body is malformed.", {}),
     "missing_token": (401, "Send an access token in the Authorization header: Bearer <token>.", BEARER),
-    "invalid_token": (401, "The access token is invalid, has expired, or its session has ended.", BAD_BEARER),
+    "invalid_token": (401, "The access token is invalid, has expired, or its session has ended.",
+                      {"WWW-Authenticate": 'Bearer error="invalid_token"'}),
     "invalid_grant": (401, "Wrong user name or password, or an invalid or expired refresh token.", BEARER),
     "not_found": (404, "There is nothing here for you.", {}),
     "file_missing": (404, "The stored file of this document is gone.", {}),
