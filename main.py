@@ -300,8 +300,8 @@ def problem_of(request: Request, failure: BaseException) -> Problem:
         case Problem():
             return failure
         case RequestValidationError():
-            errors = [{"loc": error["loc"], "msg": error["msg"]} for error in failure.errors()]
-            return Problem("validation_error", errors=errors)
+            return Problem("validation_error", errors=[
+                {"loc": error["loc"], "msg": error["msg"]} for error in failure.errors()])
         case BadDocument():
             return Problem("unsupported_media_type", str(failure))
         case FormParserError():
@@ -620,8 +620,8 @@ async def read_fields(request: Request, model: type[Model]) -> Model:
             raise invalid("A field occurs more than once.", "body")
         return model.model_validate(dict(pairs))
     except ValidationError as failure:
-        errors = [{"loc": ("body", *error["loc"]), "msg": error["msg"]} for error in failure.errors()]
-        raise Problem("validation_error", errors=errors) from None
+        raise RequestValidationError([
+            {**error, "loc": ("body", *error["loc"])} for error in failure.errors()]) from None
 
 
 class MultipartFile:
