@@ -37,6 +37,7 @@ import time
 import traceback
 import unicodedata
 import uuid
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
@@ -636,12 +637,14 @@ class MultipartFile:
             raise FormParserError
         self._incoming, self._in_file = incoming, False
         self._size = 0  # bytes of the body
-        self._name, self._value, self._headers = bytearray(), bytearray(), dict[bytes, bytes]()
+        self._header_name = bytearray()
+        self._headers: defaultdict[bytes, bytearray] = defaultdict(bytearray)  # of the part: values by name
         self._parser = MultipartParser(boundary, {
-            "on_header_field": lambda data, start, end: self._name.extend(data[start:end]),
-            "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
-            "on_header_end": self._on_header_end, "on_headers_finished": self._on_headers_finished,
-            "on_part_data": self._on_part_data}, max_header_size=SMALL_BODY)
+            "on_header_begin": self._header_name.clear,
+            "on_header_field": lambda data, start, end: self._header_name.extend(data[start:end].lower()),
+            "on_header_value": lambda data, start, end: self._headers[bytes(self._header_name)].extend(data[start:end]),
+            "on_headers_finished": self._on_headers_finished, "on_part_data": self._on_part_data},
+            max_header_size=SMALL_BODY)
         self._allow_preamble()
 
     def _allow_preamble(self) -> None:
@@ -662,13 +665,8 @@ class MultipartFile:
         if not self._incoming.size:
             raise invalid("There is no part named file, or it is empty.", "body", "file")
 
-    def _on_header_end(self) -> None:
-        self._headers[bytes(self._name).lower()] = bytes(self._value)
-        self._name.clear()
-        self._value.clear()
-
     def _on_headers_finished(self) -> None:
-        disposition = self._headers.get(b"content-disposition", b"")
+        disposition = bytes(self._headers[b"content-disposition"])
         self._headers.clear()
         # python-multipart drops `filename*`, as RFC 7578 wants it, but older .NET and Python clients send it.
         _, options = parse_options_header(re.sub(rb"(?i);\s*filename\*\s*=", b"; filename_=", disposition))
