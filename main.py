@@ -625,45 +625,28 @@ async def read_fields(request: Request, model: type[Model]) -> Model:
             {**error, "loc": ("body", *error["loc"])} for error in failure.errors()]) from None
 
 
-class MultipartFile:
-    """The part `file` of a multipart/form-data body (RFC 7578), which goes to an Incoming as it comes."""
+class MultipartFile(MultipartParser):
+    """A multipart/form-data body (RFC 7578), whose part `file` goes to an Incoming as it comes."""
 
     def __init__(self, content_type: str | None, incoming: Incoming) -> None:
         media_type, options = parse_options_header(content_type)
         if media_type != b"multipart/form-data":
             raise Problem("unsupported_media_type", "Send multipart/form-data with a part named file.")
-        boundary = options.get(b"boundary")
-        if not boundary:
+        if not options.get(b"boundary"):
             raise FormParserError
         self._incoming, self._in_file = incoming, False
-        self._size = 0  # bytes of the body
         self._header_name = bytearray()
         self._headers: defaultdict[bytes, bytearray] = defaultdict(bytearray)  # of the part: values by name
-        self._parser = MultipartParser(boundary, {
+        super().__init__(options[b"boundary"], {
             "on_header_begin": self._header_name.clear,
             "on_header_field": lambda data, start, end: self._header_name.extend(data[start:end].lower()),
             "on_header_value": lambda data, start, end: self._headers[bytes(self._header_name)].extend(data[start:end]),
             "on_headers_finished": self._on_headers_finished, "on_part_data": self._on_part_data},
             max_header_size=SMALL_BODY)
-        self._allow_preamble()
-
-    def _allow_preamble(self) -> None:
-        """RFC 2046, 5.1.1. The parser takes none, so it begins as if inside a part, whose data is dropped."""
-        self._parser.state = MultipartState.PART_DATA
-        self._parser.write(b"\r\n")
-
-    def feed(self, chunk: bytes) -> None:
-        self._size += len(chunk)
-        self._parser.write(chunk)
-        if self._size - self._incoming.size > SMALL_BODY:
-            raise Problem("too_large", f"There are more than {SMALL_BODY} bytes around the file.")
-
-    def end(self) -> None:
-        """The body has ended. Raises FormParserError or Problem when there is no whole file in it."""
-        if self._parser.state != MultipartState.END:
-            raise FormParserError
-        if not self._incoming.size:
-            raise invalid("There is no part named file, or it is empty.", "body", "file")
+        # A preamble is allowed (RFC 2046, 5.1.1). The parser takes none, so it begins as if inside a part, whose data
+        # is dropped.
+        self.state = MultipartState.PART_DATA
+        self.write(b"\r\n")
 
     def _on_headers_finished(self) -> None:
         disposition = bytes(self._headers[b"content-disposition"])
@@ -714,15 +697,20 @@ def shown_filename(name: str) -> str:
 
 async def receive_file(request: Request, incoming: Incoming) -> None:
     """Reads the body into `incoming`. What an upload holds beyond its share of memory is written in a thread."""
-    service, form = service_of(request), MultipartFile(request.headers.get("content-type"), incoming)
-    async for chunk in body_chunks(request, service.settings.max_upload_bytes + SMALL_BODY, UPLOAD_SECONDS):
-        form.feed(chunk)
+    service, form, size = service_of(request), MultipartFile(request.headers.get("content-type"), incoming), 0
+    max_size = service.settings.max_upload_bytes
+    async for chunk in body_chunks(request, max_size + SMALL_BODY, UPLOAD_SECONDS):
+        form.write(chunk)
+        size += len(chunk)
         del chunk  # a thousand uploads that wait for their next chunk would hold a lot
-        if incoming.size > service.settings.max_upload_bytes:
+        if incoming.size > max_size or size - incoming.size > SMALL_BODY:
             raise Problem("too_large")
         if incoming.held > min(HELD_BY_ONE, HELD_BY_ALL // service.open_uploads):
             await run_in_threadpool(incoming.flush)
-    form.end()
+    if form.state != MultipartState.END:
+        raise FormParserError
+    if not incoming.size:
+        raise invalid("There is no part named file, or it is empty.", "body", "file")
 
 
 # Processing
