@@ -88,6 +88,11 @@ INTERRUPTED = {"code": "interrupted", "message": "Every attempt was interrupted.
 # The two kinds of PROCESSING. The partial indexes have the same conditions.
 WAITING = "status = 'PROCESSING' AND run_id IS NULL"
 RUNNING = "status = 'PROCESSING' AND run_id IS NOT NULL"
+# Of those with a waiting document the owner that has the fewest in work, so that owners take turns.
+OWNER_IN_TURN = (
+    f"WITH owners AS (SELECT owner_id, min(queued_at) AS oldest FROM documents WHERE {WAITING} GROUP BY owner_id)"
+    " SELECT owner_id FROM owners ORDER BY (SELECT count(*) FROM documents INDEXED BY documents_running"
+    f" WHERE {RUNNING} AND owner_id = owners.owner_id), oldest LIMIT 1")
 
 
 class UnusableDatabase(Exception):
@@ -517,25 +522,14 @@ class Database:
     @write
     def claim(self, run_id: str) -> Document | None:
         """Assigns a waiting document to this new run and counts the attempt; None when nothing waits. It is the oldest
-        document of the owner that has the fewest in work, so that owners take turns."""
-        owner = self._owner_in_turn()
-        if owner is None:
-            return None
+        document of the OWNER_IN_TURN."""
         now = utc_now()
         row = self._w.execute(
             "UPDATE documents SET run_id = ?, beat_at = ?, attempts = attempts + 1, progress = 0, message = 'started',"
             " started_at = ?, updated_at = ? WHERE document_id = (SELECT document_id FROM documents"
-            f" WHERE {WAITING} AND owner_id = ? ORDER BY queued_at LIMIT 1) RETURNING {COLUMNS}",
-            (run_id, time.time(), now, now, owner)).fetchone()
-        return Document(*row)
-
-    def _owner_in_turn(self) -> str | None:
-        row = self._w.execute(
-            "WITH owners AS"
-            f" (SELECT owner_id, min(queued_at) AS oldest FROM documents WHERE {WAITING} GROUP BY owner_id)"
-            " SELECT owner_id FROM owners ORDER BY (SELECT count(*) FROM documents INDEXED BY documents_running"
-            f" WHERE {RUNNING} AND owner_id = owners.owner_id), oldest LIMIT 1").fetchone()
-        return row[0] if row else None
+            f" WHERE {WAITING} AND owner_id = ({OWNER_IN_TURN}) ORDER BY queued_at LIMIT 1) RETURNING {COLUMNS}",
+            (run_id, time.time(), now, now)).fetchone()
+        return Document(*row) if row else None
 
     @write
     def record_progress(self, run_id: str, document_id: str, percent: int, message: str) -> None:
