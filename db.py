@@ -505,19 +505,18 @@ class Database:
     def enqueue(self, document_id: str, owner_id: str, request_id: str, max_queue: int) -> Document | None:
         """Lets an UPLOADED or FAILED document wait for a run; any other is left as it is. None: no such document.
         Raises QueueFull when `max_queue` documents of the owner wait already."""
-        document = self._find(self._w, "document_id = ? AND owner_id = ?", document_id, owner_id)
-        if document is None or document.status in (Status.PROCESSING, Status.COMPLETED):
-            return document
-        (waiting,) = self._w.execute(
-            f"SELECT count(*) FROM documents WHERE {WAITING} AND owner_id = ?", (owner_id,)).fetchone()
-        if waiting >= max_queue:
-            raise QueueFull
         now = utc_now()
-        self._w.execute(
+        queued = self._w.execute(
             "UPDATE documents SET status = 'PROCESSING', request_id = ?, queued_at = ?, updated_at = ?,"
             " attempts = 0, progress = 0, message = 'waiting for a worker', started_at = NULL, finished_at = NULL,"
-            " error = NULL WHERE document_id = ?", (request_id, now, now, document_id))
-        return self._find(self._w, "document_id = ?", document_id)
+            " error = NULL WHERE document_id = ? AND owner_id = ? AND status IN ('UPLOADED', 'FAILED')",
+            (request_id, now, now, document_id, owner_id)).rowcount
+        if queued:
+            (waiting,) = self._w.execute(
+                f"SELECT count(*) FROM documents WHERE {WAITING} AND owner_id = ?", (owner_id,)).fetchone()
+            if waiting > max_queue:
+                raise QueueFull  # which undoes the update
+        return self._find(self._w, "document_id = ? AND owner_id = ?", document_id, owner_id)
 
     @write
     def claim(self, run_id: str) -> Document | None:
@@ -581,5 +580,4 @@ class Database:
 
     def waiting(self, most: int) -> int:
         """How many documents wait for a run; counts up to `most`."""
-        rows = self._r.execute(f"SELECT 1 FROM documents WHERE {WAITING} LIMIT ?", (most,))
-        return len(rows.fetchall())
+        return len(self._r.execute(f"SELECT 1 FROM documents WHERE {WAITING} LIMIT ?", (most,)).fetchall())
