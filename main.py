@@ -738,10 +738,9 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
         check_is_whole(file, document.media_type)
     except BadDocument as error:
         raise ProcessingFailed("damaged_document", str(error), retryable=False) from error
-    steps = ("extracting text", "recognizing layout", "classifying", "summarizing")
-    for number, step in enumerate(steps):
-        progress(100 * number // len(steps), step)
-        time.sleep(seconds / len(steps))
+    for percent, step in (0, "extracting text"), (25, "recognizing layout"), (50, "classifying"), (75, "summarizing"):
+        progress(percent, step)
+        time.sleep(seconds / 4)
     return {
         "document_type": "PDF" if document.media_type == PDF else "Word",
         "summary": f"A simulated summary of {document.filename}.",
