@@ -634,15 +634,14 @@ class MultipartFile(MultipartParser):
             raise Problem("unsupported_media_type", "Send multipart/form-data with a part named file.")
         if not options.get(b"boundary"):
             raise FormParserError
-        self._incoming, self._in_file = incoming, False
+        self._incoming = incoming
         self._header_name = bytearray()
         self._headers: defaultdict[bytes, bytearray] = defaultdict(bytearray)  # of the part: values by name
         super().__init__(options[b"boundary"], {
-            "on_header_begin": self._header_name.clear,
+            "on_part_begin": self._headers.clear, "on_header_begin": self._header_name.clear,
             "on_header_field": lambda data, start, end: self._header_name.extend(data[start:end].lower()),
             "on_header_value": lambda data, start, end: self._headers[bytes(self._header_name)].extend(data[start:end]),
-            "on_headers_finished": self._on_headers_finished, "on_part_data": self._on_part_data},
-            max_header_size=SMALL_BODY)
+            "on_headers_finished": self._on_headers_finished}, max_header_size=SMALL_BODY)
         # A preamble is allowed (RFC 2046, 5.1.1). The parser takes none, so it begins as if inside a part, whose data
         # is dropped.
         self.state = MultipartState.PART_DATA
@@ -650,11 +649,10 @@ class MultipartFile(MultipartParser):
 
     def _on_headers_finished(self) -> None:
         disposition = bytes(self._headers[b"content-disposition"])
-        self._headers.clear()
         # python-multipart drops `filename*`, as RFC 7578 wants it, but older .NET and Python clients send it.
         _, options = parse_options_header(re.sub(rb"(?i);\s*filename\*\s*=", b"; filename_=", disposition))
-        self._in_file = options.get(b"name") == b"file"
-        if not self._in_file:
+        self.set_callback("part_data", None)  # what other parts hold is dropped
+        if options.get(b"name") != b"file":
             return
         if self._incoming.filename:
             raise invalid("There are two parts named file.", "body", "file")
@@ -665,10 +663,7 @@ class MultipartFile(MultipartParser):
         if extension not in MEDIA_TYPES:
             raise Problem("unsupported_media_type", "The filename has to end in .pdf or .docx.")
         self._incoming.media_type = MEDIA_TYPES[extension]
-
-    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
-        if self._in_file:
-            self._incoming.feed(data[start:end])
+        self.set_callback("part_data", lambda data, start, end: self._incoming.feed(data[start:end]))
 
 
 def decoded_filename(options: Mapping[bytes, bytes]) -> str:
