@@ -680,10 +680,9 @@ def decoded_filename(options: Mapping[bytes, bytes]) -> str:
 
 
 def shown_filename(name: str) -> str:
-    """For show only: no folders, no control or direction-changing characters, NFC, at most 255 bytes."""
-    name = name[-1024:].encode(errors="ignore").decode()  # without surrogates; short, as normalizing is quadratic
-    name = re.split(r"[/\\]", name)[-1]
-    name = re.sub("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]", "", name)
+    """For show only: no folders, no control or direction-changing characters or surrogates, NFC, at most 255 bytes."""
+    name = re.split(r"[/\\]", name[-1024:])[-1]  # short, as normalizing is quadratic
+    name = re.sub("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]", "", name)
     name = unicodedata.normalize("NFC", name).strip()
     stem, dot, extension = name.rpartition(".")
     stem = stem.encode()[:255 - len((dot + extension).encode())].decode(errors="ignore")
