@@ -179,12 +179,12 @@ class Tokens(Answer, json_schema_extra={"example": {
     refresh_expires_in: int = Field(description="seconds")
 
 
-class OfDocument(Answer):
+class DocumentState(Answer):
     document_id: uuid.UUID
     status: Status
 
 
-class DocumentOut(OfDocument, json_schema_extra={"example": {
+class DocumentOut(DocumentState, json_schema_extra={"example": {
         "document_id": "5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11", "filename": "report.pdf", "media_type": PDF,
         "size": 80100, "sha256": "69f6b7f493b1bc55d518942976cbeadc4ec0a36f6d8a6dc24feffc516d35b2c9",
         "status": "UPLOADED", "created_at": "2026-01-31T12:00:00.000000Z",
@@ -203,7 +203,7 @@ class ProcessingError(BaseModel):
     retryable: bool
 
 
-class StatusOut(OfDocument, json_schema_extra={"example": {
+class StatusOut(DocumentState, json_schema_extra={"example": {
         "document_id": "5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11", "status": "FAILED", "progress": 0, "attempts": 1,
         "message": "The PDF has no end-of-file marker.", "request_id": "8f14e45f",
         "created_at": "2026-01-31T12:00:00.000000Z", "updated_at": "2026-01-31T12:00:02.000000Z",
@@ -220,7 +220,7 @@ class StatusOut(OfDocument, json_schema_extra={"example": {
     error: Json[ProcessingError] | None = Field(description="only when FAILED")
 
 
-class ResultOut(OfDocument, json_schema_extra={"example": {
+class ResultOut(DocumentState, json_schema_extra={"example": {
         "document_id": "5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11", "status": "COMPLETED",
         "completed_at": "2026-01-31T12:00:03.000000Z", "result": {
             "document_type": "PDF", "summary": "A simulated summary of report.pdf.", "keywords": ["simulated"]}}}):
@@ -697,8 +697,10 @@ async def receive_file(request: Request, incoming: Incoming) -> None:
         form.write(chunk)
         size += len(chunk)
         del chunk  # a thousand uploads that wait for their next chunk would hold a lot
-        if incoming.size > max_size or size - incoming.size > SMALL_BODY:
+        if incoming.size > max_size:
             raise Problem("too_large")
+        if size - incoming.size > SMALL_BODY:
+            raise Problem("too_large", f"There are more than {SMALL_BODY} bytes around the file.")
         if incoming.held > min(HELD_BY_ONE, HELD_BY_ALL // service.open_uploads):
             await run_in_threadpool(incoming.flush)
     if form.state != MultipartState.END:
