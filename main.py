@@ -701,7 +701,7 @@ async def receive_file(request: Request, incoming: Incoming) -> None:
             raise Problem("too_large")
         if size - incoming.size > SMALL_BODY:
             raise Problem("too_large", f"There are more than {SMALL_BODY} bytes around the file.")
-        if incoming.held > min(HELD_BY_ONE, HELD_BY_ALL // service.open_uploads):
+        if len(incoming.held) > min(HELD_BY_ONE, HELD_BY_ALL // service.open_uploads):
             await run_in_threadpool(incoming.flush)
     if form.state != MultipartState.END:
         raise FormParserError

@@ -149,17 +149,15 @@ class Incoming:
         self.key, self.size = key, 0
         self.filename = self.media_type = ""  # to be set before the first `feed`
         self.sha256 = hashlib.sha256()
-        self.held = 0  # bytes of memory
+        self.held = bytearray()  # what has come, and is not written yet
         self._storage = storage
-        self._pieces: list[bytes] = []
         self._head = b""  # the first 1,024 bytes
         self._file: BinaryIO | None = None
 
     def feed(self, piece: bytes) -> None:
         """Takes the next piece. Raises BadDocument when the file does not begin as its media type does."""
         self.size += len(piece)
-        self._pieces.append(piece)
-        self.held += len(piece) + 64  # a piece is a Python object too
+        self.held += piece
         if len(self._head) < 1024:
             self._head += piece[:1024 - len(self._head)]
             if len(self._head) == 1024:
@@ -174,14 +172,11 @@ class Incoming:
         raise BadDocument("The content is not what the extension says.")
 
     def flush(self) -> BinaryIO:
-        """Writes the pieces that are held. The file, which can be read and written."""
+        """Writes what is held. The file, which can be read and written."""
         file = self._file = self._file or self._storage.create(self.key)
-        for piece in self._pieces:
-            self.sha256.update(piece)
-            while piece:
-                piece = piece[file.write(piece):]
-        self._pieces.clear()
-        self.held = 0
+        self.sha256.update(self.held)
+        while self.held:
+            del self.held[:file.write(self.held)]
         return file
 
     def finish(self) -> None:
