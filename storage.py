@@ -234,22 +234,20 @@ def open_docx(file: BinaryIO) -> Iterator[zipfile.ZipFile]:
         raise BadDocument("The content is not a readable DOCX (ZIP) file.") from error
 
 
-def take_name_of_local_header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
-    """zipfile opens no entry whose local header spells the name otherwise; other readers do. It compares that name with
-    `orig_filename`, which serves nothing else."""
-    file = cast(BinaryIO, archive.fp)
-    file.seek(entry.header_offset)
-    flags, name_size = struct.unpack("<6xH18xH2x", file.read(30))
-    utf8 = flags & 0x800
-    entry.flag_bits = entry.flag_bits & ~0x800 | utf8
-    entry.orig_filename = file.read(name_size).decode("utf-8" if utf8 else "cp437")
+class AnyName(str):
+    """Differs from no name. zipfile compares the name in a local header with `orig_filename`, which serves nothing
+    else, and opens no entry where they differ; other readers do."""
+
+    def __ne__(self, other: object) -> bool:
+        return False
 
 
 def unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, most: int) -> Iterator[bytes]:
     """The bytes of an entry, whose CRC is checked at the end. Raises BadDocument after `most` bytes."""
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile has no bound for the others
         raise BadDocument("The ZIP archive uses a compression that a DOCX can't have.")
-    take_name_of_local_header(archive, entry)
+    entry.orig_filename = AnyName()
+    entry.flag_bits &= ~0x800  # the local name need not be UTF-8; newer versions of zipfile decode it by these flags
     with archive.open(entry) as content:
         while data := content.read(65536):
             most -= len(data)
