@@ -95,8 +95,7 @@ class LocalStorage:
     def delete(self, key: str) -> None:
         path = self._path(key)
         for name in (path, path + ".part"):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
+            Path(name).unlink(missing_ok=True)
 
     def keys(self) -> Iterator[str]:
         with os.scandir(self._folder) as entries:
