@@ -242,16 +242,16 @@ class AnyName(str):
 
 
 def unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, most: int) -> Iterator[bytes]:
-    """The bytes of an entry, whose CRC is checked at the end. Raises BadDocument after `most` bytes."""
+    """The bytes of an entry, whose CRC is checked at the end. Raises BadDocument when they are more than `most`: they
+    are never more than `file_size` says."""
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile has no bound for the others
         raise BadDocument("The ZIP archive uses a compression that a DOCX can't have.")
+    if entry.file_size > most:
+        raise BadDocument("A part of the DOCX unpacks to more than a DOCX needs.")
     entry.orig_filename = AnyName()
     entry.flag_bits &= ~0x800  # the local name need not be UTF-8; newer versions of zipfile decode it by these flags
     with archive.open(entry) as content:
         while data := content.read(65536):
-            most -= len(data)
-            if most < 0:
-                raise BadDocument("A part of the DOCX unpacks to more than a DOCX needs.")
             yield data
 
 
