@@ -262,9 +262,8 @@ def part_name(name: str) -> str:
 
 def content_types(archive: zipfile.ZipFile) -> dict[str, str]:
     """What [Content_Types].xml declares: content types by `/part/name` or `.extension`, all in lower case."""
-    found = [entry for entry in archive.infolist() if part_name(entry.filename) == CONTENT_TYPES]
-    if len(found) != 1:
-        raise BadDocument("A DOCX has one [Content_Types].xml.")
+    (types_entry,) = [  # else a ValueError: a DOCX has exactly one
+        entry for entry in archive.infolist() if part_name(entry.filename) == CONTENT_TYPES]
     declared: dict[str, str] = {}
 
     def on_element(name: str, attributes: dict[str, str]) -> None:
@@ -274,7 +273,7 @@ def content_types(archive: zipfile.ZipFile) -> dict[str, str]:
         elif name.rpartition(":")[2] == "Default":
             declared.setdefault("." + attributes.get("Extension", "").lower(), content_type)
 
-    content = b"".join(unpacked(archive, found[0], MAX_CONTENT_TYPES))
+    content = b"".join(unpacked(archive, types_entry, MAX_CONTENT_TYPES))
     # OPC has these two encodings, whatever the XML says of its own.
     text = content.decode("utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
     if "<!DOCTYPE" in text:  # OPC forbids DTDs; without one there are no entities to expand
