@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from enum import StrEnum
 from pathlib import Path
@@ -141,7 +141,6 @@ class Session:
     refresh_jti: str  # of the refresh token that is good now
     rotated_at: float  # when that token was issued
     expires_at: float
-    previous_jti: str | None = None  # of the refresh token before
 
 
 @dataclass(frozen=True)
@@ -409,22 +408,16 @@ class Database:
     def rotate(self, session_id: str, user_id: str, used_jti: str) -> Session | None:
         """Replaces the refresh token. The one before gets the same successor again during REFRESH_GRACE. None for every
         other token of the session, as it was used before, and when the session has ended."""
+        now = time.time()
+        self._w.execute(
+            "UPDATE sessions SET previous_jti = refresh_jti, refresh_jti = ?, rotated_at = ?"
+            " WHERE session_id = ? AND user_id = ? AND refresh_jti = ?",
+            (str(uuid.uuid4()), now, session_id, user_id, used_jti))
         row = self._w.execute(
-            "SELECT session_id, user_id, username, refresh_jti, rotated_at, expires_at, previous_jti"
-            " FROM sessions JOIN users USING (user_id) WHERE session_id = ? AND user_id = ?",
-            (session_id, user_id)).fetchone()
-        if row is None:
-            return None
-        session, now = Session(*row), time.time()
-        if used_jti == session.refresh_jti:
-            new = replace(session, refresh_jti=str(uuid.uuid4()), previous_jti=used_jti, rotated_at=now)
-            self._w.execute(
-                "UPDATE sessions SET refresh_jti = ?, previous_jti = ?, rotated_at = ? WHERE session_id = ?",
-                (new.refresh_jti, used_jti, now, session_id))
-            return new
-        if used_jti == session.previous_jti and abs(now - session.rotated_at) < REFRESH_GRACE:
-            return session
-        return None
+            "SELECT session_id, user_id, username, refresh_jti, rotated_at, expires_at"
+            " FROM sessions JOIN users USING (user_id) WHERE session_id = ? AND user_id = ? AND previous_jti = ?"
+            " AND abs(rotated_at - ?) < ?", (session_id, user_id, used_jti, now, REFRESH_GRACE)).fetchone()
+        return Session(*row) if row else None
 
     @write
     def end_session(self, session_id: str, user_id: str) -> str | None:
