@@ -172,6 +172,12 @@ def utc_now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="microseconds")[:26] + "Z"
 
 
+def first(make: Callable[..., T], rows: sqlite3.Cursor) -> T | None:
+    """What `make` makes of the first row; None when there is no row."""
+    row = rows.fetchone()
+    return make(*row) if row else None
+
+
 @dataclass(eq=False)
 class Write:
     """A write on its way to the disk. `future` is done when the write is there, or has failed."""
@@ -333,16 +339,14 @@ class Database:
     # Users and sessions
 
     def user(self, username: str) -> User | None:
-        row = self._r.execute(
-            "SELECT user_id, username, password_hash FROM users WHERE username = ?", (username,)).fetchone()
-        return User(*row) if row else None
+        return first(User, self._r.execute(
+            "SELECT user_id, username, password_hash FROM users WHERE username = ?", (username,)))
 
     def session_user(self, session_id: str, user_id: str) -> User | None:
         """The user, or None when this is no session of that user or it has ended."""
-        row = self._r.execute(
+        return first(User, self._r.execute(
             "SELECT user_id, username, password_hash FROM sessions JOIN users USING (user_id)"
-            " WHERE session_id = ? AND user_id = ? AND expires_at > ?", (session_id, user_id, time.time())).fetchone()
-        return User(*row) if row else None
+            " WHERE session_id = ? AND user_id = ? AND expires_at > ?", (session_id, user_id, time.time())))
 
     def has_users(self) -> bool:
         return self._r.execute("SELECT 1 FROM users LIMIT 1").fetchone() is not None
@@ -413,19 +417,17 @@ class Database:
             "UPDATE sessions SET previous_jti = refresh_jti, refresh_jti = ?, rotated_at = ?"
             " WHERE session_id = ? AND user_id = ? AND refresh_jti = ?",
             (str(uuid.uuid4()), now, session_id, user_id, used_jti))
-        row = self._w.execute(
+        return first(Session, self._w.execute(
             "SELECT session_id, user_id, username, refresh_jti, rotated_at, expires_at"
             " FROM sessions JOIN users USING (user_id) WHERE session_id = ? AND user_id = ? AND previous_jti = ?"
-            " AND abs(rotated_at - ?) < ?", (session_id, user_id, used_jti, now, REFRESH_GRACE)).fetchone()
-        return Session(*row) if row else None
+            " AND abs(rotated_at - ?) < ?", (session_id, user_id, used_jti, now, REFRESH_GRACE)))
 
     @write
     def end_session(self, session_id: str, user_id: str) -> str | None:
         """The name of the user whose session has ended now."""
-        row = self._w.execute(
+        return first(str, self._w.execute(
             "DELETE FROM sessions WHERE session_id = ? AND user_id = ? RETURNING"
-            " (SELECT username FROM users WHERE users.user_id = sessions.user_id)", (session_id, user_id)).fetchone()
-        return row[0] if row else None
+            " (SELECT username FROM users WHERE users.user_id = sessions.user_id)", (session_id, user_id)))
 
     # Documents
 
@@ -449,8 +451,7 @@ class Database:
         return new
 
     def _find(self, connection: sqlite3.Connection, where: str, *values: Any) -> Document | None:
-        row = connection.execute(f"SELECT {COLUMNS} FROM documents WHERE {where}", values).fetchone()
-        return Document(*row) if row else None
+        return first(Document, connection.execute(f"SELECT {COLUMNS} FROM documents WHERE {where}", values))
 
     def document(self, document_id: str, owner_id: str) -> Document | None:
         return self._find(self._r, "document_id = ? AND owner_id = ?", document_id, owner_id)
@@ -489,8 +490,7 @@ class Database:
 
     def result(self, document_id: str) -> str | None:
         """What the pipeline returned, as JSON; None when the document is not COMPLETED or has just been deleted."""
-        row = self._r.execute("SELECT result FROM results WHERE document_id = ?", (document_id,)).fetchone()
-        return row[0] if row else None
+        return first(str, self._r.execute("SELECT result FROM results WHERE document_id = ?", (document_id,)))
 
     # The queue: PROCESSING without a run_id waits for a worker
 
@@ -516,12 +516,11 @@ class Database:
         """Assigns a waiting document to this new run and counts the attempt; None when nothing waits. It is the oldest
         document of the OWNER_IN_TURN."""
         now = utc_now()
-        row = self._w.execute(
+        return first(Document, self._w.execute(
             "UPDATE documents SET run_id = ?, beat_at = ?, attempts = attempts + 1, progress = 0, message = 'started',"
             " started_at = ?, updated_at = ? WHERE document_id = (SELECT document_id FROM documents"
             f" WHERE {WAITING} AND owner_id = ({OWNER_IN_TURN}) ORDER BY queued_at LIMIT 1) RETURNING {COLUMNS}",
-            (run_id, time.time(), now, now)).fetchone()
-        return Document(*row) if row else None
+            (run_id, time.time(), now, now)))
 
     @write
     def record_progress(self, run_id: str, document_id: str, percent: int, message: str) -> None:
