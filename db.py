@@ -95,10 +95,6 @@ OWNER_IN_TURN = (
     f" WHERE {RUNNING} AND owner_id = owners.owner_id), oldest LIMIT 1")
 
 
-class UnusableDatabase(Exception):
-    """The file belongs to another program or to a later version of this one, or it was lost."""
-
-
 class InDoubt(sqlite3.Error):
     """Nobody can tell whether the write is there: the commit failed half-way, or did not end in time."""
 
@@ -202,7 +198,7 @@ def write(method: Callable[Concatenate["Database", P], T]) -> Callable[Concatena
 class Database:
     def __init__(self, path: Path, sync: Callable[[], None], keys: Callable[[], Iterator[str]]) -> None:
         """Opens or creates the file. `sync` makes the files of new documents durable, before their commit; `keys` are
-        those of the stored files. Raises UnusableDatabase, or sqlite3.Error or OSError when the file can't be opened.
+        those of the stored files. Raises ValueError when the file is not ours or was lost, or sqlite3.Error or OSError.
         """
         self._sync = sync
         self._queue: SimpleQueue[Write] = SimpleQueue()
@@ -219,7 +215,7 @@ class Database:
 
     @staticmethod
     def _usable_version(path: Path, keys: Callable[[], Iterator[str]]) -> int:
-        """How many of MIGRATIONS have run. Raises UnusableDatabase, and changes nothing, when the file is not ours, or
+        """How many of MIGRATIONS have run. Raises ValueError, and changes nothing, when the file is not ours, or
         was lost while there are stored files."""
         wal, version, tables = path.with_name(path.name + "-wal"), 0, set[str]()
         if path.exists() and path.stat().st_size:
@@ -227,11 +223,11 @@ class Database:
                 (version,) = connection.execute("PRAGMA user_version").fetchone()
                 tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_schema")}
         elif wal.exists() and wal.stat().st_size:  # SQLite would remove it
-            raise UnusableDatabase(f"there is a write-ahead log, but {path} is missing: was it lost?")
+            raise ValueError(f"there is a write-ahead log, but {path} is missing: was it lost?")
         if version > len(MIGRATIONS) or (tables and not (version and "sessions" in tables)):
-            raise UnusableDatabase(f"{path} belongs to another program or to a later version of this one")
+            raise ValueError(f"{path} belongs to another program or to a later version of this one")
         if not tables and next(keys(), None):
-            raise UnusableDatabase(f"there are stored files, but {path} is missing or has no tables: was it lost?")
+            raise ValueError(f"there are stored files, but {path} is missing or has no tables: was it lost?")
         return version
 
     def _migrate(self, version: int) -> None:

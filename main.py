@@ -65,8 +65,8 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import auth
-from db import (Database, Document, InDoubt, KeyReused, QueueFull, RunLost, Session, Status, Throttled,
-                UnusableDatabase, User, utc_now)
+from db import (Database, Document, InDoubt, KeyReused, QueueFull, RunLost, Session, Status, Throttled, User,
+                utc_now)
 from storage import (DOCX, MEDIA_TYPES, PDF, BadDocument, Incoming, LocalStorage, Storage, check_is_whole, fsync_folder,
                      make_folder, private)
 
@@ -1250,7 +1250,7 @@ def main(storage: Storage | None = None) -> int:
                 raise ValueError(f"there is no user {chosen.name} in {folder}")
         print(f"{chosen.command} {chosen.name}: done in {folder}")
         return 0
-    except (ValueError, UnusableDatabase, OSError, sqlite3.Error, EOFError, KeyboardInterrupt) as error:
+    except (ValueError, OSError, sqlite3.Error, EOFError, KeyboardInterrupt) as error:
         print(f"{chosen.command}: {str(error) or 'stopped'}", file=sys.stderr)
         return 1
 

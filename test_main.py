@@ -46,7 +46,7 @@ import uvicorn
 import auth
 import main
 import storage
-from db import SESSION_SECONDS, Database, Document, UnusableDatabase
+from db import SESSION_SECONDS, Database, Document
 from main import Settings, create_app
 from storage import DOCX, BadDocument, LocalStorage, Storage, check_is_docx, check_is_whole, fsync_folder
 
@@ -369,7 +369,7 @@ def test_a_refused_start_touches_nothing(tmp_path: Path) -> None:
         path = uploaded(client)
         shutil.copytree(tmp_path / "data", crashed.data_dir)
     database = (crashed.data_dir / "documents.db").rename(tmp_path / "moved")  # its write-ahead log stays behind
-    with pytest.raises(UnusableDatabase, match="is missing"):
+    with pytest.raises(ValueError, match="is missing"):
         main.open_stores(crashed)
     database.rename(crashed.data_dir / "documents.db")
     with running(crashed) as client:
