@@ -103,10 +103,6 @@ class KeyReused(Exception):
     """The idempotency key was used before, with another file."""
 
 
-class QueueFull(Exception):
-    """Too many documents of this owner wait for a worker."""
-
-
 class Throttled(Exception):
     """Too many logins failed. `args[0]` is the number of seconds until the next login is looked at."""
 
@@ -492,20 +488,16 @@ class Database:
 
     @write
     def enqueue(self, document_id: str, owner_id: str, request_id: str, max_queue: int) -> Document | None:
-        """Lets an UPLOADED or FAILED document wait for a run; any other is left as it is. None: no such document.
-        Raises QueueFull when `max_queue` documents of the owner wait already."""
+        """Lets an UPLOADED or FAILED document wait for a run, unless `max_queue` documents of the owner wait already.
+        The document as it is then; None: no such document."""
         now = utc_now()
-        queued = self._w.execute(
+        queued = first(Document, self._w.execute(
             "UPDATE documents SET status = 'PROCESSING', request_id = ?, queued_at = ?, updated_at = ?,"
             " attempts = 0, progress = 0, message = 'waiting for a worker', started_at = NULL, finished_at = NULL,"
-            " error = NULL WHERE document_id = ? AND owner_id = ? AND status IN ('UPLOADED', 'FAILED')",
-            (request_id, now, now, document_id, owner_id)).rowcount
-        if queued:
-            (waiting,) = self._w.execute(
-                f"SELECT count(*) FROM documents WHERE {WAITING} AND owner_id = ?", (owner_id,)).fetchone()
-            if waiting > max_queue:
-                raise QueueFull  # which undoes the update
-        return self._find(self._w, "document_id = ? AND owner_id = ?", document_id, owner_id)
+            " error = NULL WHERE document_id = ? AND owner_id = ? AND status IN ('UPLOADED', 'FAILED')"
+            f" AND (SELECT count(*) FROM documents WHERE {WAITING} AND owner_id = ?) < ? RETURNING {COLUMNS}",
+            (request_id, now, now, document_id, owner_id, owner_id, max_queue)))
+        return queued or self._find(self._w, "document_id = ? AND owner_id = ?", document_id, owner_id)
 
     @write
     def claim(self, run_id: str) -> Document | None:

@@ -65,7 +65,7 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import auth
-from db import (Database, Document, InDoubt, KeyReused, QueueFull, RunLost, Session, Status, Throttled, User,
+from db import (Database, Document, InDoubt, KeyReused, RunLost, Session, Status, Throttled, User,
                 utc_now)
 from storage import (DOCX, MEDIA_TYPES, PDF, BadDocument, Incoming, LocalStorage, Storage, check_is_whole, fsync_folder,
                      make_folder, private)
@@ -311,8 +311,6 @@ def problem_of(request: Request, failure: BaseException) -> Problem:
             return invalid("It was used for another file.", "header", "Idempotency-Key", code="idempotency_key_reused")
         case Throttled():
             return Problem("too_many_attempts", headers={"Retry-After": str(math.ceil(failure.args[0]))})
-        case QueueFull():
-            return Problem("queue_full")
         case auth.InvalidToken():
             return Problem("invalid_token")
         case HTTPException(status_code=405):
@@ -940,6 +938,8 @@ async def process(document_id: uuid.UUID, request: Request, response: Response, 
     service, request_id = service_of(request), request_id_of_context.get()
     document = or_404(await committed(service.db.enqueue(
         str(document_id), user.user_id, request_id, service.settings.max_queue)))
+    if document.status in (Status.UPLOADED, Status.FAILED):  # only a full queue leaves it so
+        raise Problem("queue_full")
     if document.status == Status.COMPLETED:
         response.status_code = 200
     else:
