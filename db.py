@@ -99,10 +99,6 @@ class InDoubt(sqlite3.Error):
     """Nobody can tell whether the write is there: the commit failed half-way, or did not end in time."""
 
 
-class KeyReused(Exception):
-    """The idempotency key was used before, with another file."""
-
-
 class Throttled(Exception):
     """Too many logins failed. `args[0]` is the number of seconds until the next login is looked at."""
 
@@ -425,16 +421,13 @@ class Database:
 
     def add_document(self, new: Document, stored: Future[Document]) -> None:
         """Adds the document of a file that is published. The result of `stored` is that document, or the one that its
-        owner uploaded under its key before; then the new file is listed for removal. KeyReused if those files differ.
-        """
+        owner uploaded under its key before; then the new file is listed for removal."""
         self._submit(Write(functools.partial(self._add_document, new), stored, needs_sync=True))
 
     def _add_document(self, new: Document) -> Document:
         known = None
         if new.idempotency_key:
             known = self._find(self._w, "owner_id = ? AND idempotency_key = ?", new.owner_id, new.idempotency_key)
-        if known and known.sha256 != new.sha256:
-            raise KeyReused
         if known:
             self._w.execute("INSERT INTO deleted_files VALUES (?)", (new.document_id,))
             return known

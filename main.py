@@ -65,8 +65,7 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import auth
-from db import (Database, Document, InDoubt, KeyReused, RunLost, Session, Status, Throttled, User,
-                utc_now)
+from db import Database, Document, InDoubt, RunLost, Session, Status, Throttled, User, utc_now
 from storage import (DOCX, MEDIA_TYPES, PDF, BadDocument, Incoming, LocalStorage, Storage, check_is_whole, fsync_folder,
                      make_folder, private)
 
@@ -307,8 +306,6 @@ def problem_of(request: Request, failure: BaseException) -> Problem:
             return Problem("unsupported_media_type", str(failure))
         case FormParserError():
             return Problem("malformed_body")
-        case KeyReused():
-            return invalid("It was used for another file.", "header", "Idempotency-Key", code="idempotency_key_reused")
         case Throttled():
             return Problem("too_many_attempts", headers={"Retry-After": str(math.ceil(failure.args[0]))})
         case auth.InvalidToken():
@@ -888,6 +885,8 @@ async def upload(request: Request) -> Response:
         # Many uploads that end at once wait for each other; on a slow disk that takes longer than any other write.
         document = await committed(service.store(incoming, user.user_id, idempotency_key),
                                    extra_seconds=4 * WRITE_SECONDS + incoming.size / SLOWEST_STORAGE)
+        if document.sha256 != incoming.sha256.hexdigest():
+            raise invalid("It was used for another file.", "header", "Idempotency-Key", code="idempotency_key_reused")
     except (InDoubt, asyncio.CancelledError):  # the document is there or may come; or the exit does not wait
         raise
     except Exception:
