@@ -521,12 +521,15 @@ def secret_file(db: Database, path: Path) -> str:
 
 async def committed(future: Future[T], extra_seconds: float = 0) -> T:
     """What a write to the database returned, once it is on disk. Raises InDoubt when that takes too long: the write
-    happens all the same, as soon as it can."""
+    happens all the same, as soon as it can. (`asyncio.wrap_future` would cancel it.)"""
+    done, loop = asyncio.Event(), asyncio.get_running_loop()
+    future.add_done_callback(lambda _: loop.call_soon_threadsafe(done.set))
     try:
         async with asyncio.timeout(WRITE_SECONDS + extra_seconds):
-            return await asyncio.shield(asyncio.wrap_future(future))
+            await done.wait()
     except TimeoutError:
         raise InDoubt("the write took too long") from None
+    return future.result()
 
 
 def service_of(request: Request) -> Service:
