@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from enum import StrEnum
 from pathlib import Path
@@ -171,7 +171,7 @@ class Write:
     """A write on its way to the disk. `future` is done when the write is there, or has failed."""
 
     operation: Callable[[], Any]
-    future: Future[Any]
+    future: Future[Any] = field(default_factory=Future)
     needs_sync: bool = False  # whether a file has to be durable before the commit
     result: Any = None
     error: BaseException | None = None
@@ -181,17 +181,14 @@ def write(method: Callable[Concatenate["Database", P], T]) -> Callable[Concatena
     """Runs the method in a transaction of the committer; its Future is done once the commit is on disk."""
     @functools.wraps(method)
     def submitted(self: "Database", /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        future: Future[T] = Future()
-        self._submit(Write(functools.partial(method, self, *args, **kwargs), future))
-        return future
+        return self._submit(Write(functools.partial(method, self, *args, **kwargs)))
     return submitted
 
 
 class Database:
     def __init__(self, path: Path, sync: Callable[[], None], keys: Callable[[], Iterator[str]]) -> None:
         """Opens or creates the file. `sync` makes the files of new documents durable, before their commit; `keys` are
-        those of the stored files. Raises ValueError when the file is not ours or was lost, or sqlite3.Error or OSError.
-        """
+        those of the stored files. Raises what _usable_version does, sqlite3.Error or OSError."""
         self._sync = sync
         self._queue: SimpleQueue[Write] = SimpleQueue()
         self._closed = False
@@ -201,14 +198,17 @@ class Database:
             path.touch(0o600)  # SQLite gives its other files the same mode
             self._w, self._r = (sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
                                 for _ in range(2))
-            self._migrate(version)
+            for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "temp_store = MEMORY"):
+                self._w.execute(f"PRAGMA {pragma}")
+            if version < len(MIGRATIONS):
+                self._w.executescript(f"BEGIN IMMEDIATE; {''.join(MIGRATIONS[version:])}"
+                                      f" PRAGMA user_version = {len(MIGRATIONS)}; COMMIT;")
         self._committer = threading.Thread(target=self._commit_forever, name="committer", daemon=True)
         self._committer.start()
 
     @staticmethod
     def _usable_version(path: Path, keys: Callable[[], Iterator[str]]) -> int:
-        """How many of MIGRATIONS have run. Raises ValueError, and changes nothing, when the file is not ours, or
-        was lost while there are stored files."""
+        """How many of MIGRATIONS have run. Raises ValueError when the file is not ours, or was lost."""
         wal, version, tables = path.with_name(path.name + "-wal"), 0, set[str]()
         if path.exists() and path.stat().st_size:
             with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
@@ -221,13 +221,6 @@ class Database:
         if not tables and next(keys(), None):
             raise ValueError(f"there are stored files, but {path} is missing or has no tables: was it lost?")
         return version
-
-    def _migrate(self, version: int) -> None:
-        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "temp_store = MEMORY"):
-            self._w.execute(f"PRAGMA {pragma}")
-        if version < len(MIGRATIONS):
-            self._w.executescript(f"BEGIN IMMEDIATE; {''.join(MIGRATIONS[version:])}"
-                                  f" PRAGMA user_version = {len(MIGRATIONS)}; COMMIT;")
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -245,7 +238,7 @@ class Database:
     def close(self) -> None:
         """Finishes what was submitted. Under the lock, since closing a connection checkpoints too."""
         self._closed = True
-        self._queue.put(Write(lambda: None, Future()))  # wakes the committer
+        self._queue.put(Write(lambda: None))  # wakes the committer
         self._committer.join()
         with self.lock():
             self._r.close()
@@ -253,10 +246,11 @@ class Database:
 
     # The committer
 
-    def _submit(self, new: Write) -> None:
+    def _submit(self, new: Write) -> Future[Any]:
         if self._closed:
             raise sqlite3.ProgrammingError("the database is closed")
         self._queue.put(new)
+        return new.future
 
     def _commit_forever(self) -> None:
         """One batch after the other: one sync of the files, one transaction, and then all futures."""

@@ -99,9 +99,7 @@ class LocalStorage:
 
     def keys(self) -> Iterator[str]:
         with os.scandir(self._folder) as entries:
-            for entry in entries:
-                if KEY.fullmatch(entry.name) and entry.is_file():
-                    yield entry.name
+            yield from (entry.name for entry in entries if KEY.fullmatch(entry.name) and entry.is_file())
 
     def check(self) -> None:
         key = f"probe-{secrets.token_hex(8)}"
@@ -163,8 +161,8 @@ class Incoming:
                 self._check_start()
 
     def _check_start(self) -> None:
-        is_pdf, is_zip = b"%PDF-" in self._head, self._head.startswith(b"PK\x03\x04")
-        if is_pdf and self.media_type == PDF or is_zip and self.media_type == DOCX:
+        is_good = b"%PDF-" in self._head if self.media_type == PDF else self._head.startswith(b"PK\x03\x04")
+        if is_good:
             return
         if self._head.startswith(OLE_MAGIC):
             raise BadDocument("This Office file is encrypted (or of the old .doc format).")
