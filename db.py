@@ -1,11 +1,9 @@
 """Every line of SQL: users and sessions, the life of a document, and the queue, which is the documents table itself.
 
-One thread, the committer, owns the one connection that writes, and commits what waits in one transaction (group
-commit): the more writes wait, the fewer fsyncs each pays for. Methods marked `@write` run in the committer, and return
-a Future that is done once the commit is on disk; `add_document` is given that Future. All other methods read on the
-thread of their caller, in a server that of the event loop: there is one connection for reading. Readers never wait for
-writers (WAL).
-"""
+One thread, the committer, owns the connection that writes, and commits what waits in one transaction (group commit):
+the more writes wait, the fewer fsyncs each pays for. Methods marked `@write` run in it and return a Future that is done
+once the commit is on disk; `add_document` is given that Future. The others read in the thread of their caller, in a
+server that of the event loop, over a second connection, and never wait for writers (WAL)."""
 import contextlib
 import fcntl
 import functools
@@ -30,7 +28,7 @@ T = TypeVar("T")
 # PRAGMA user_version is the number of these that have run.
 MIGRATIONS = ("""
 CREATE TABLE users (user_id TEXT PRIMARY KEY, username TEXT NOT NULL UNIQUE, password_hash TEXT NOT NULL) STRICT;
-CREATE TABLE sessions (
+CREATE TABLE sessions (  -- two more columns are added below
     session_id TEXT PRIMARY KEY,
     user_id TEXT NOT NULL REFERENCES users ON DELETE CASCADE,
     refresh_jti TEXT NOT NULL,  -- the one refresh token that is good now
@@ -50,7 +48,7 @@ CREATE TABLE documents (
     created_at TEXT NOT NULL, updated_at TEXT NOT NULL,
     -- The latest `process` request, and the run that works for it.
     request_id TEXT, queued_at TEXT,
-    run_id TEXT,     -- new for each claim; NULL: waits for a worker
+    run_id TEXT,     -- a run is one claim by a worker; NULL: the document waits for a worker
     beat_at REAL,    -- last sign of life of the run
     attempts INTEGER NOT NULL DEFAULT 0,
     progress INTEGER NOT NULL DEFAULT 0,
@@ -172,7 +170,7 @@ class Write:
 
     operation: Callable[[], Any]
     future: Future[Any] = field(default_factory=Future)
-    needs_sync: bool = False  # whether a file has to be durable before the commit
+    needs_sync: bool = False  # whether the operation adds a document, whose file has to be durable before the commit
     result: Any = None
     error: BaseException | None = None
 
@@ -188,7 +186,7 @@ def write(method: Callable[Concatenate["Database", P], T]) -> Callable[Concatena
 class Database:
     def __init__(self, path: Path, sync: Callable[[], None], keys: Callable[[], Iterator[str]]) -> None:
         """Opens or creates the file. `sync` makes the files of new documents durable, before their commit; `keys` are
-        those of the stored files. Raises what _usable_version does, sqlite3.Error or OSError."""
+        those of the stored files. ValueError when the database is not ours or was lost; sqlite3.Error, OSError."""
         self._sync = sync
         self._queue: SimpleQueue[Write] = SimpleQueue()
         self._closed = False
@@ -224,9 +222,8 @@ class Database:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """One thread of one process at a time. The others wait in the kernel, where SQLite's own lock would make them
-        sleep and retry. And no two connections may write or checkpoint at the same moment before SQLite 3.51.3 (the
-        WAL-reset bug)."""
+        """Lets one thread of one process in at a time. SQLite's own lock would make the others sleep and retry, and
+        does not keep them from checkpointing at the same moment (the WAL-reset bug, before SQLite 3.51.3)."""
         lock_file = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(lock_file, fcntl.LOCK_EX)
@@ -268,13 +265,13 @@ class Database:
     def _next_batch(self, expected: int) -> list[Write]:
         """Waits for a write, and then up to 20 ms for as many as came last time: clients that wrote together tend to do
         so again, and share the fsyncs."""
-        first, end = self._queue.get(), time.monotonic() + 0.02
+        new, end = self._queue.get(), time.monotonic() + 0.02
         while 1 + self._queue.qsize() < expected and time.monotonic() < end:
             time.sleep(0.001)
-        return [first, *(self._queue.get() for _ in range(self._queue.qsize()))]
+        return [new, *(self._queue.get() for _ in range(self._queue.qsize()))]
 
     def _sync_files(self, uploads: list[Write]) -> None:
-        """One sync for all. It is not retried: after a failed fsync the next may succeed though a name is lost."""
+        """One sync for all. It is not retried: a second fsync may succeed though the first has lost a file's name."""
         try:
             if uploads:
                 self._sync()
@@ -392,13 +389,14 @@ class Database:
 
     @write
     def rotate(self, session_id: str, user_id: str, used_jti: str) -> Session | None:
-        """Replaces the refresh token. The one before gets the same successor again during REFRESH_GRACE. None for every
-        other token of the session, as it was used before, and when the session has ended."""
+        """Replaces the refresh token. Its use during REFRESH_GRACE gives the same successor again. None when the token
+        was used before that, or the session has ended."""
         now = time.time()
         self._w.execute(
             "UPDATE sessions SET previous_jti = refresh_jti, refresh_jti = ?, rotated_at = ?"
             " WHERE session_id = ? AND user_id = ? AND refresh_jti = ?",
             (str(uuid.uuid4()), now, session_id, user_id, used_jti))
+        # Now the used token is the previous one, be it replaced just now or by a use before.
         return first(Session, self._w.execute(
             "SELECT session_id, user_id, username, refresh_jti, rotated_at, expires_at"
             " FROM sessions JOIN users USING (user_id) WHERE session_id = ? AND user_id = ? AND previous_jti = ?"
@@ -414,8 +412,8 @@ class Database:
     # Documents
 
     def add_document(self, new: Document, stored: Future[Document]) -> None:
-        """Adds the document of a file that is published. The result of `stored` is that document, or the one that its
-        owner uploaded under its key before; then the new file is listed for removal."""
+        """Adds the document of a published file. The result of `stored` is this document; or the document that the
+        owner uploaded under the same key before, and then the new file is listed for removal."""
         self._submit(Write(functools.partial(self._add_document, new), stored, needs_sync=True))
 
     def _add_document(self, new: Document) -> Document:
@@ -457,10 +455,12 @@ class Database:
         return self._w.execute(
             "DELETE FROM documents WHERE document_id = ? AND owner_id = ?", (document_id, owner_id)).rowcount == 1
 
-    def deleted_files(self, limit: int = -1) -> list[str]:
-        """Ids of documents whose files are to be removed, in random order, so that a file that can't be removed does
-        not hold up others. To SQLite, -1 is no limit."""
-        rows = self._r.execute("SELECT document_id FROM deleted_files ORDER BY random() LIMIT ?", (limit,))
+    def deleted_files(self, limit: int = -1) -> list[str]:  # to SQLite, -1 is no limit
+        """Ids whose files are to go, from a random one on, so that a file that can't be removed holds up no others."""
+        rows = self._r.execute(
+            "SELECT document_id FROM deleted_files WHERE document_id >= :start UNION ALL"
+            " SELECT document_id FROM deleted_files WHERE document_id < :start LIMIT :limit",
+            {"start": str(uuid.uuid4()), "limit": limit})
         return [document_id for (document_id,) in rows]
 
     @write
@@ -523,10 +523,10 @@ class Database:
             raise RunLost
 
     @write
-    def renew_leases(self, run_ids: Sequence[str], lease: float, max_attempts: int) -> list[Document]:
-        """Records a sign of life for these runs. Runs whose last sign is older than the lease go back to the queue, or
-        FAILED after the last attempt: their documents are returned. Where a clock was set back, signs and queue times
-        of the future are void."""
+    def renew_and_take_over(self, run_ids: Sequence[str], lease: float, max_attempts: int) -> list[Document]:
+        """Records a sign of life for these runs. Ends all runs whose last sign is older than the lease, or in the
+        future after a clock was set back. Their documents, which are returned, wait again, or are FAILED after the last
+        attempt. Queue times in the future become now."""
         now = time.time()
         self._w.execute(
             f"UPDATE documents SET beat_at = ? WHERE {RUNNING} AND run_id IN (SELECT value FROM json_each(?))",

@@ -8,7 +8,7 @@
     GET    /documents/{id}           one of them
     GET    /documents/{id}/file      the stored bytes
     DELETE /documents/{id}
-    POST   /documents/{id}/process   starts one run, however often it is called
+    POST   /documents/{id}/process   queues it once, however often it is called
     GET    /documents/{id}/status    ?wait=S answers when processing ends
     GET    /documents/{id}/result
     GET    /healthz, /readyz
@@ -211,7 +211,7 @@ class StatusOut(DocumentState, json_schema_extra={"example": {
     progress: int = Field(ge=0, le=100)
     message: str
     attempts: int
-    request_id: str | None = Field(description="of the request that started the run")
+    request_id: str | None = Field(description="of the request that started processing")
     created_at: Timestamp
     updated_at: Timestamp
     started_at: Timestamp | None
@@ -430,7 +430,7 @@ def path_prefix(request: Request) -> str:
 
 # The service and its dependencies
 
-WRITE_SECONDS = 8.0  # less than REFRESH_GRACE: a client that got a 503 for its refresh may try again
+WRITE_SECONDS = 8.0  # less than db.REFRESH_GRACE: a client that got a 503 for its refresh may try again
 
 
 class Service:
@@ -459,8 +459,8 @@ class Service:
             log_event("first_user_added", user=name, password_is_in=source)
 
     def store(self, incoming: Incoming, owner_id: str, idempotency_key: str | None) -> Future[Document]:
-        """Publishes a file in a publisher thread, which then adds its document to the database. The future is done when
-        both are on disk."""
+        """Publishes the file in a publisher thread, which then adds the document to the database. The committer ends
+        the future when file and document are on disk."""
         stored: Future[Document] = Future()
 
         def publish_and_add() -> None:
@@ -580,7 +580,8 @@ OwnDocument = Annotated[Document, Depends(DocumentOfCaller())]
 SMALL_BODY = 65536  # bytes: also what a multipart body may have around its file
 UPLOAD_SECONDS = 3600.0
 SLOWEST_STORAGE = 100_000  # bytes a second
-HELD_BY_ONE, HELD_BY_ALL = 2 * 2**20, 24 * 2**20  # bytes: more than the one, or its share of the other, is written
+# Bytes in memory: an upload that holds more than HELD_BY_ONE, or more than its share of HELD_BY_ALL, writes them.
+HELD_BY_ONE, HELD_BY_ALL = 2 * 2**20, 24 * 2**20
 
 
 async def body_chunks(request: Request, limit: int, seconds: float) -> AsyncIterator[bytes]:
@@ -601,7 +602,7 @@ async def body_chunks(request: Request, limit: int, seconds: float) -> AsyncIter
         size += len(message.get("body", b""))
         if size > limit:
             raise Problem("too_large")
-        yield message.pop("body", b"")  # not held here while the next one is waited for
+        yield message.pop("body", b"")  # popped, so that no chunk is held while the next one is waited for
 
 
 async def read_fields(request: Request, model: type[Model]) -> Model:
@@ -609,7 +610,7 @@ async def read_fields(request: Request, model: type[Model]) -> Model:
     media_type, _ = parse_options_header(request.headers.get("content-type"))
     if media_type not in (b"application/json", b"application/x-www-form-urlencoded"):
         raise Problem("unsupported_media_type", "Send application/json or application/x-www-form-urlencoded.")
-    idle_seconds = service_of(request).settings.upload_idle_seconds  # here the limit of the whole body
+    idle_seconds = service_of(request).settings.upload_idle_seconds  # a small body as a whole has this time
     body = b"".join([chunk async for chunk in body_chunks(request, SMALL_BODY, idle_seconds)])
     try:
         if media_type == b"application/json":
@@ -744,7 +745,8 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
 
 
 class Workers:
-    """The worker threads of this process: they run queued documents.
+    """The worker threads of this process: they claim queued documents and run them. When a run raises ProcessingFailed,
+    the document is FAILED; RunLost changes nothing; after any other error the document is taken over after the lease.
 
     The queue is in the database, shared by all processes. `wake` lets an idle thread look there. Each process wakes its
     threads once a second too, when something waits, so nothing depends on the process that took the request.
@@ -762,26 +764,25 @@ class Workers:
 
     def wake(self) -> None:
         """A document waits: an idle thread looks for it, and a busy thread will when its run has ended. A thread that
-        found nothing just before the document came is woken by `keep_leases`, within a second."""
+        found nothing just before the document came is woken by `renew_and_take_over`, within a second."""
         if not self.stopping and len(self._busy) < self._settings.process_workers:
             self._pool.submit(self._work)
 
     def stop(self) -> None:
-        """No run begins any more, and those that go on have the grace. What is unfinished then is taken over after its
-        lease, like after a crash."""
+        """No run begins any more, and those that go on have the grace. What is unfinished at its end is taken over
+        after the lease, like after a crash."""
         self._grace_end = min(self._grace_end, time.monotonic() + self._settings.shutdown_seconds)
 
     async def close(self) -> None:
-        """Waits for the runs until the grace is over. (uvicorn ends the process by its signal then; as process 1 of a
-        container it ends when the steps under way have ended.)"""
+        """Waits for the runs until the grace is over."""
         self.stop()
         while self._busy and time.monotonic() < self._grace_end:
             await asyncio.sleep(0.02)
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def keep_leases(self) -> None:
-        """Gives a sign of life for the runs of this process, and takes over runs whose process gives none."""
-        taken_over = await committed(self._db.renew_leases(
+    async def renew_and_take_over(self) -> None:
+        """Gives a sign of life for the runs of this process, ends runs whose process gives none, and wakes threads."""
+        taken_over = await committed(self._db.renew_and_take_over(
             list(self._busy), self._settings.lease_seconds, self._settings.max_attempts))
         for document in taken_over:
             event = "process_failed" if document.status == Status.FAILED else "process_requeued"
@@ -885,12 +886,14 @@ async def upload(request: Request) -> Response:
     service.open_uploads += 1
     try:
         await receive_file(request, incoming)
-        # Many uploads that end at once wait for each other; on a slow disk that takes longer than any other write.
+        # Many uploads that end at once wait for each other, on a slow disk longer than other writes wait.
         document = await committed(service.store(incoming, user.user_id, idempotency_key),
                                    extra_seconds=4 * WRITE_SECONDS + incoming.size / SLOWEST_STORAGE)
         if document.sha256 != incoming.sha256.hexdigest():
             raise invalid("It was used for another file.", "header", "Idempotency-Key", code="idempotency_key_reused")
-    except (InDoubt, asyncio.CancelledError):  # the document is there or may come; or the exit does not wait
+    except InDoubt:  # the document is there or may come: it needs its file
+        raise
+    except asyncio.CancelledError:  # at the end of the grace: a publisher may be at work on the file
         raise
     except Exception:
         await run_in_threadpool(incoming.discard)
@@ -927,7 +930,7 @@ async def list_documents(
 @router.get("/documents/{document_id:uuid}", tags=["documents"], summary="Get one document",
             response_model=DocumentOut)
 async def get_one(document: OwnDocument) -> Document:
-    """What its upload answered, with its status now. Error: `not_found`."""
+    """The same as the upload answered, with the document's present status. Error: `not_found`."""
     return document
 
 
@@ -1077,8 +1080,8 @@ async def login(request: Request) -> Tokens:
 @router.post("/auth/refresh", tags=["auth"], summary="Exchange a refresh token for new tokens",
              openapi_extra=form_or_json(RefreshToken))
 async def refresh(request: Request) -> Tokens:
-    """Replaces the refresh token. The old one gives the same successor for 10 seconds more, unless that was used;
-    after that its use ends the session (RFC 9700, 4.14.2). Error: `invalid_grant`."""
+    """Replaces the refresh token. The old token gives the same successor for 10 seconds more, unless the successor was
+    used. Any later use of the old token ends the session (RFC 9700, 4.14.2). Error: `invalid_grant`."""
     service, sent = service_of(request), await read_fields(request, RefreshToken)
     with contextlib.suppress(auth.InvalidToken):
         used = service.signer.verify(auth.REFRESH, sent.refresh_token)
@@ -1156,14 +1159,16 @@ async def running_service(
     1. `follow_uvicorn` stops the workers within 0.1 s: no more runs begin, long polls are answered, the grace begins.
     2. uvicorn waits for open requests, and cancels them at the end of the grace: they are answered with 503.
     3. This function goes on after its `yield`. Runs have what is left of the grace.
-    4. The database commits what it was given, for a second at most.
+    4. Publishers and committer end the uploads and writes that were begun, for a second at most.
+    5. uvicorn raises the signal again, which ends the process. As process 1 of a container, or after Ctrl-C, Python
+       first waits for its threads: for steps of a pipeline that go on, and for a run's write if the lock is held.
     """
     log.setLevel(settings.log_level)
     raise_descriptor_limit()
     service = Service(settings, storage, pipeline)
     await service.add_first_user()
     tasks = [asyncio.create_task(work) for work in (
-        follow_uvicorn(service), repeat(service.workers.keep_leases, min(1.0, settings.lease_seconds / 4)),
+        follow_uvicorn(service), repeat(service.workers.renew_and_take_over, min(1.0, settings.lease_seconds / 4)),
         repeat(service.remove_deleted_files, 0.5))]
     try:
         yield {"service": service}
@@ -1171,7 +1176,7 @@ async def running_service(
         await service.workers.close()
         for task in tasks:
             task.cancel()
-        # Another process may hold the database's lock: the exit does not wait for it.
+        # Another process may hold the database's lock, so this is bounded.
         closing = threading.Thread(target=service.close, name="close", daemon=True)
         closing.start()
         await asyncio.to_thread(closing.join, 1)
@@ -1194,7 +1199,8 @@ async def repeat(action: Callable[[], Awaitable[None]], seconds: float) -> None:
 
 
 def uvicorn_server() -> uvicorn.Server | None:
-    """The server that has started this app: uvicorn tells it to nobody, but its signal handler is its method."""
+    """The server that has started this app: uvicorn tells it to nobody, but its signal handler is its method. None
+    under another server, whose own settings say how long it waits."""
     server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     return server if isinstance(server, uvicorn.Server) else None
 
@@ -1214,8 +1220,8 @@ async def follow_uvicorn(service: Service) -> None:
 
 
 def set_socket_options(server: uvicorn.Server, idle_seconds: float) -> None:
-    """Connections inherit both on Linux. Without TCP_NODELAY, which uvicorn does not set for several workers, an answer
-    may wait 40 ms. TCP_USER_TIMEOUT (tcp(7)) ends connections whose client takes nothing."""
+    """On Linux connections inherit these options. Without TCP_NODELAY, which uvicorn does not set for several workers,
+    an answer may wait 40 ms. TCP_USER_TIMEOUT (tcp(7)) ends connections whose client takes nothing."""
     for sock in [sock for each in server.servers for sock in each.sockets if sock.family != socket.AF_UNIX]:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):

@@ -118,7 +118,7 @@ class LocalStorage:
 def make_folder(folder: Path) -> None:
     """Makes the folder, and those above it that are missing, for their owner alone; the names survive a power loss."""
     for each in reversed([folder, *folder.parents]):
-        if each == folder or not each.exists():  # a start that crashed may have made it, and not synced its name
+        if each == folder or not each.exists():  # a start that crashed may have made `folder` without syncing its name
             each.mkdir(mode=0o700, exist_ok=True)
             with contextlib.suppress(PermissionError):  # the parent may be entered but not listed
                 fsync_folder(each.parent)
@@ -232,16 +232,16 @@ def open_docx(file: BinaryIO) -> Iterator[zipfile.ZipFile]:
 
 
 class AnyName(str):
-    """Differs from no name. zipfile compares the name in a local header with `orig_filename`, which serves nothing
-    else, and opens no entry where they differ; other readers do."""
+    """A name that differs from no other. Some writers spell the name in an entry's local header otherwise; zipfile,
+    which compares it with `orig_filename`, refuses such an entry, and Word opens it."""
 
     def __ne__(self, other: object) -> bool:
         return False
 
 
 def unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, most: int) -> Iterator[bytes]:
-    """The bytes of an entry, whose CRC is checked at the end. Raises BadDocument when they are more than `most`: they
-    are never more than `file_size` says."""
+    """The bytes of an entry, whose CRC is checked at the end. Raises BadDocument when there may be more than `most`:
+    zipfile gives at most as many as `file_size` says."""
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile has no bound for the others
         raise BadDocument("The ZIP archive uses a compression that a DOCX can't have.")
     if entry.file_size > most:
