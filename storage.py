@@ -93,9 +93,8 @@ class LocalStorage:
         return open(self._path(key), "rb")
 
     def delete(self, key: str) -> None:
-        path = self._path(key)
-        for name in (path, path + ".part"):
-            Path(name).unlink(missing_ok=True)
+        for suffix in ("", ".part"):
+            Path(self._path(key) + suffix).unlink(missing_ok=True)
 
     def keys(self) -> Iterator[str]:
         with os.scandir(self._folder) as entries:
@@ -103,11 +102,9 @@ class LocalStorage:
 
     def check(self) -> None:
         key = f"probe-{secrets.token_hex(8)}"
-        try:
-            with self.create(key) as file:
-                file.write(b"ready?")
-        finally:
-            self.delete(key)
+        with self.create(key) as file:
+            self.delete(key)  # first, so that a write that fails leaves nothing
+            file.write(b"ready?")
 
     def _path(self, key: str) -> str:
         if not KEY.fullmatch(key):
