@@ -17,7 +17,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Protocol, cast
+from typing import BinaryIO, NoReturn, Protocol, cast
 from urllib.parse import unquote
 from xml.parsers import expat
 
@@ -268,14 +268,16 @@ def content_types(archive: zipfile.ZipFile) -> dict[str, str]:
         elif name.rpartition(":")[2] == "Default":
             declared.setdefault("." + attributes.get("Extension", "").lower(), content_type)
 
-    content = b"".join(unpacked(archive, types_entry, MAX_CONTENT_TYPES))
-    # OPC has these two encodings, whatever the XML says of its own.
-    text = content.decode("utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
-    if "<!DOCTYPE" in text:  # OPC forbids DTDs; without one there are no entities to expand
+    def on_doctype(*_: object) -> NoReturn:  # OPC forbids DTDs; without one there are no entities to expand
         raise BadDocument("[Content_Types].xml has a DTD.")
-    parser = expat.ParserCreate()
+
+    content = b"".join(unpacked(archive, types_entry, MAX_CONTENT_TYPES))
+    # OPC has these two encodings. A name of another one, however long, would stay in Python's memory.
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    parser = expat.ParserCreate("utf-16" if is_utf16 else "utf-8")
     parser.StartElementHandler = on_element
-    parser.Parse(text, True)  # of a str, pyexpat says itself that it is UTF-8
+    parser.StartDoctypeDeclHandler = on_doctype
+    parser.Parse(content, True)
     return declared
 
 

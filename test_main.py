@@ -932,6 +932,7 @@ HOSTILE: dict[str, tuple[bytes, Expected]] = {
             "two, in other letters": docx(entries={"[CONTENT_TYPES].XML": b"<x/>"}),
             "no XML": typed(CONTENT_TYPES[:-1]), "entity bomb": typed(EXPANDED),
             "UTF-16 bomb": typed(EXPANDED, "utf-16"),
+            "DTD in UTF-16 without its mark": typed("<!DOCTYPE a>" + CONTENT_TYPES.partition("?>")[2], "utf-16-le"),
             "external entity": typed(CONTENT_TYPES.replace("?>", "?><!DOCTYPE Types SYSTEM 'file:///etc/passwd'>")),
             "UTF-32": typed(CONTENT_TYPES, "utf-32")}.items()}}),
     **{f"filename: {name[:20]!a}": (file(name), (201, shown)) for name, shown in {
