@@ -76,6 +76,9 @@ CREATE TABLE deleted_files (document_id TEXT PRIMARY KEY) STRICT;  -- to be remo
 CREATE TRIGGER document_deleted AFTER DELETE ON documents BEGIN
     INSERT OR IGNORE INTO deleted_files VALUES (old.document_id);
 END;
+""", """
+ALTER TABLE users ADD COLUMN last_claim INTEGER NOT NULL DEFAULT 0;  -- the number of the user's last claim
+CREATE INDEX users_by_last_claim ON users (last_claim);
 """)
 
 FAILURE_LIMIT, FAILURE_WINDOW = 5, 15 * 60.0  # failed logins, seconds
@@ -86,11 +89,6 @@ INTERRUPTED = {"code": "interrupted", "message": "Every attempt was interrupted.
 # The two kinds of PROCESSING. The partial indexes have the same conditions.
 WAITING = "status = 'PROCESSING' AND run_id IS NULL"
 RUNNING = "status = 'PROCESSING' AND run_id IS NOT NULL"
-# Of those with a waiting document the owner that has the fewest in work, so that owners take turns.
-OWNER_IN_TURN = (
-    f"WITH owners AS (SELECT owner_id, min(queued_at) AS oldest FROM documents WHERE {WAITING} GROUP BY owner_id)"
-    " SELECT owner_id FROM owners ORDER BY (SELECT count(*) FROM documents INDEXED BY documents_running"
-    f" WHERE {RUNNING} AND owner_id = owners.owner_id), oldest LIMIT 1")
 
 
 class InDoubt(sqlite3.Error):
@@ -167,7 +165,6 @@ def first(make: Callable[..., T], rows: sqlite3.Cursor) -> T | None:
 @dataclass(eq=False)
 class Write:
     """A write on its way to the disk. `future` is done when the write is there, or has failed."""
-
     operation: Callable[[], Any]
     future: Future[Any] = field(default_factory=Future)
     needs_sync: bool = False  # whether the operation adds a document, whose file has to be durable before the commit
@@ -263,8 +260,7 @@ class Database:
                     each.future.set_result(each.result)
 
     def _next_batch(self, expected: int) -> list[Write]:
-        """Waits for a write, and then up to 20 ms for as many as came last time: clients that wrote together tend to do
-        so again, and share the fsyncs."""
+        """Waits for a write, then up to 20 ms for as many as last time: clients that wrote together do so again."""
         new, end = self._queue.get(), time.monotonic() + 0.02
         while 1 + self._queue.qsize() < expected and time.monotonic() < end:
             time.sleep(0.001)
@@ -334,14 +330,14 @@ class Database:
     def add_first_user(self, username: str, password_hash: str) -> bool:
         """Whether it was added: only where there is no user at all."""
         return self._w.execute(
-            "INSERT INTO users SELECT ?, ?, ? WHERE NOT EXISTS (SELECT 1 FROM users)",
+            "INSERT INTO users SELECT ?, ?, ?, 0 WHERE NOT EXISTS (SELECT 1 FROM users)",
             (str(uuid.uuid4()), username, password_hash)).rowcount == 1
 
     @write
     def set_user(self, username: str, password_hash: str) -> None:
         """Adds the user, or sets a new password and ends that user's sessions."""
         self._w.execute(
-            "INSERT INTO users VALUES (?, ?, ?)"
+            "INSERT INTO users VALUES (?, ?, ?, 0)"
             " ON CONFLICT (username) DO UPDATE SET password_hash = excluded.password_hash",
             (str(uuid.uuid4()), username, password_hash))
         self._w.execute(
@@ -417,9 +413,8 @@ class Database:
         self._submit(Write(functools.partial(self._add_document, new), stored, needs_sync=True))
 
     def _add_document(self, new: Document) -> Document:
-        known = None
-        if new.idempotency_key:
-            known = self._find(self._w, "owner_id = ? AND idempotency_key = ?", new.owner_id, new.idempotency_key)
+        known = None if new.idempotency_key is None else self._find(
+            self._w, "owner_id = ? AND idempotency_key = ?", new.owner_id, new.idempotency_key)
         if known:
             self._w.execute("INSERT INTO deleted_files VALUES (?)", (new.document_id,))
             return known
@@ -488,14 +483,18 @@ class Database:
 
     @write
     def claim(self, run_id: str) -> Document | None:
-        """Assigns a waiting document to this new run and counts the attempt; None when nothing waits. It is the oldest
-        document of the OWNER_IN_TURN."""
+        """Assigns a waiting document to this new run and counts the attempt; None when nothing waits. Owners take
+        turns: it is the oldest document of the owner whose last claim is the longest ago."""
+        owner_id = first(str, self._w.execute(
+            "UPDATE users SET last_claim = (SELECT 1 + max(last_claim) FROM users) WHERE user_id = ("
+            f"SELECT user_id FROM users WHERE EXISTS (SELECT 1 FROM documents WHERE {WAITING} AND owner_id = user_id)"
+            " ORDER BY last_claim LIMIT 1) RETURNING user_id"))
         now = utc_now()
         return first(Document, self._w.execute(
             "UPDATE documents SET run_id = ?, beat_at = ?, attempts = attempts + 1, progress = 0, message = 'started',"
             " started_at = ?, updated_at = ? WHERE document_id = (SELECT document_id FROM documents"
-            f" WHERE {WAITING} AND owner_id = ({OWNER_IN_TURN}) ORDER BY queued_at LIMIT 1) RETURNING {COLUMNS}",
-            (run_id, time.time(), now, now)))
+            f" WHERE {WAITING} AND owner_id = ? ORDER BY queued_at LIMIT 1) RETURNING {COLUMNS}",
+            (run_id, time.time(), now, now, owner_id)))
 
     @write
     def record_progress(self, run_id: str, document_id: str, percent: int, message: str) -> None:
@@ -525,8 +524,7 @@ class Database:
     @write
     def renew_and_take_over(self, run_ids: Sequence[str], lease: float, max_attempts: int) -> list[Document]:
         """Records a sign of life for these runs. Ends all runs whose last sign is older than the lease, or in the
-        future after a clock was set back. Their documents, which are returned, wait again, or are FAILED after the last
-        attempt. Queue times in the future become now."""
+        future: their documents, which are returned, wait again, or are FAILED after the last attempt."""
         now = time.time()
         self._w.execute(
             f"UPDATE documents SET beat_at = ? WHERE {RUNNING} AND run_id IN (SELECT value FROM json_each(?))",

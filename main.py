@@ -308,7 +308,7 @@ def problem_of(request: Request, failure: BaseException) -> Problem:
             return Problem("malformed_body")
         case Throttled():
             return Problem("too_many_attempts", headers={"Retry-After": str(math.ceil(failure.args[0]))})
-        case auth.InvalidToken():
+        case auth.InvalidToken() | sqlite3.IntegrityError():  # or the user was removed during an upload
             return Problem("invalid_token")
         case HTTPException(status_code=405):
             methods = {method for route in request.app.routes if route.matches(request.scope)[0] == Match.PARTIAL
@@ -371,7 +371,7 @@ class RequestMiddleware:
             await response(scope, exchange.receive, exchange.send)
         finally:
             # A path may hold secrets too: a quoted query, or the user of a whole URL.
-            path = re.sub(r"(?s)^\w+://[^/]*|\?.*", "", scope["path"].removeprefix(path_prefix(request)))
+            path = re.sub(r"(?s)^/?\w+://[^/]*|\?.*", "", scope["path"].removeprefix(path_prefix(request)))
             log_event("request", method=request.method, path=path, status=exchange.status,
                       duration_ms=round(1000 * (time.perf_counter() - start), 3), client=client_address(request),
                       user=scope.get("state", {}).get("username"))
@@ -403,18 +403,18 @@ class Exchange:
                                    (b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY")]
             if self.body_unread:
                 await asyncio.sleep(0)  # lets uvicorn notice a connection that it has closed for a malformed body
-        elif self.body_unread and not message.get("more_body", False) and self.status != 408:
-            # A client that was too slow, 408, is not waited for again.
+        elif self.body_unread and not message.get("more_body", False):
             await self._send({**message, "more_body": True})  # all bytes of the answer, but not its end
-            await self._drain()
-            # When the body goes on for too long, the answer gets no end: uvicorn closes the connection then.
-            message = {"type": "http.response.body", "more_body": self.body_unread}
+            await self._drain(DRAIN_SECONDS if self.status != 408 else 2)  # 408: the client had its time
+            # When the body goes on for too long, the answer gets no end, so that uvicorn closes the connection. A 408
+            # says in its header that it will be closed.
+            message = {"type": "http.response.body", "more_body": self.body_unread and self.status != 408}
         await self._send(message)
 
-    async def _drain(self) -> None:
+    async def _drain(self, seconds: float) -> None:
         drained = 0
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(DRAIN_SECONDS):
+            async with asyncio.timeout(seconds):
                 while self.body_unread and drained < DRAIN_BYTES:
                     drained += len((await self.receive()).get("body", b""))
 

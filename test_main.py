@@ -1045,6 +1045,9 @@ def test_a_body_that_dribbles_gets_408(client: httpx.Client, monkeypatch: Patch,
         connection.sendall(with_token(client, head).replace(b"Length: 0", b"Length: 99") + b"--b\r\n")
         while not select.select([connection], [], [], 0.1)[0]:
             connection.sendall(b"x")  # for ten seconds, if it may
+        for _ in range(3):  # as a client that reads no answer before it has sent all
+            time.sleep(0.1)
+            connection.sendall(b"x")
         status, headers, body = answer_on(connection)
         with contextlib.suppress(ConnectionResetError):  # for what was sent meanwhile
             assert connection.recv(1) == b""
@@ -1340,20 +1343,22 @@ def test_each_owner_has_a_queue_and_owners_take_turns(tmp_path: Path) -> None:
         begun.release()
         assert go.acquire(timeout=30)
 
-    settings = settings_in(tmp_path, process_workers=2, max_queue=3)
+    settings = settings_in(tmp_path, process_workers=1, max_queue=3)
     with running(settings, pipeline=pipeline) as client:
         add_user(settings, "eve")
         eve = bearer(log_in(client, "eve"))
-        paths, hers = [uploaded(client) for _ in range(6)], upload(client, PDF, "a.pdf", **eve).headers["Location"]
+        paths = [uploaded(client) for _ in range(5)]
+        hers = [upload(client, PDF, "a.pdf", **eve).headers["Location"] for _ in range(2)]
         for path in paths:
-            assert client.post(f"{path}/process").status_code == (429 if path == paths[5] else 202)
-            assert path not in paths[:2] or begun.acquire(timeout=30)
-        assert client.post(f"{hers}/process", headers=eve).status_code == 202
-        for _ in range(4):
+            assert client.post(f"{path}/process").status_code == (429 if path == paths[4] else 202)
+            assert path != paths[0] or begun.acquire(timeout=30)
+        for path in hers:  # hers were asked for last
+            assert client.post(f"{path}/process", headers=eve).status_code == 202
+        for _ in range(5):
             go.release()
             assert begun.acquire(timeout=30)
-        go.release(2)
-        assert runs == [*paths[:2], hers, *paths[2:5]]  # hers was asked for last, and she had nothing in work
+        go.release()
+        assert runs == [paths[0], hers[0], paths[1], hers[1], *paths[2:4]]
 
 
 def test_a_long_poll_costs_no_thread_and_ends_with_the_run(tmp_path: Path) -> None:
@@ -1637,6 +1642,15 @@ class Steps(LocalStorage):
 @pytest.fixture
 def steps(tmp_path: Path) -> Steps:
     return Steps(tmp_path)
+
+
+def test_a_user_removed_during_an_upload_gets_401_and_leaves_no_file(steps: Steps) -> None:
+    with steps.running() as client:
+        add_user(steps.settings, "eve")
+        eve = bearer(log_in(client, "eve"))
+        steps.tell = lambda step: step == "create" and command(steps.settings, "remove-user", "eve")
+        assert code_of(upload(client, PDF, "a.pdf", **eve)) == (401, "invalid_token")
+        assert not stored_files(steps.settings)
 
 
 def test_every_answer_comes_after_what_it_promises(steps: Steps, monkeypatch: Patch) -> None:
