@@ -77,7 +77,7 @@ CREATE TRIGGER document_deleted AFTER DELETE ON documents BEGIN
     INSERT OR IGNORE INTO deleted_files VALUES (old.document_id);
 END;
 """, """
-ALTER TABLE users ADD COLUMN last_claim INTEGER NOT NULL DEFAULT 0;  -- the number of the user's last claim
+ALTER TABLE users ADD COLUMN last_claim INTEGER NOT NULL DEFAULT 0;  -- serial number of the last claim for the user
 CREATE INDEX users_by_last_claim ON users (last_claim);
 """)
 
@@ -267,7 +267,7 @@ class Database:
         return [new, *(self._queue.get() for _ in range(self._queue.qsize()))]
 
     def _sync_files(self, uploads: list[Write]) -> None:
-        """One sync for all. It is not retried: a second fsync may succeed though the first has lost a file's name."""
+        """One sync for all. It is never retried: a second fsync may succeed though the first has lost a file's name."""
         try:
             if uploads:
                 self._sync()
@@ -385,14 +385,14 @@ class Database:
 
     @write
     def rotate(self, session_id: str, user_id: str, used_jti: str) -> Session | None:
-        """Replaces the refresh token. Its use during REFRESH_GRACE gives the same successor again. None when the token
-        was used before that, or the session has ended."""
+        """The current token gets a new successor; the token before it, during REFRESH_GRACE, the same successor again.
+        None for any older token, after the grace, and when the session has ended."""
         now = time.time()
         self._w.execute(
             "UPDATE sessions SET previous_jti = refresh_jti, refresh_jti = ?, rotated_at = ?"
             " WHERE session_id = ? AND user_id = ? AND refresh_jti = ?",
             (str(uuid.uuid4()), now, session_id, user_id, used_jti))
-        # Now the used token is the previous one, be it replaced just now or by a use before.
+        # In both good cases the used token is the previous one now.
         return first(Session, self._w.execute(
             "SELECT session_id, user_id, username, refresh_jti, rotated_at, expires_at"
             " FROM sessions JOIN users USING (user_id) WHERE session_id = ? AND user_id = ? AND previous_jti = ?"
@@ -400,7 +400,7 @@ class Database:
 
     @write
     def end_session(self, session_id: str, user_id: str) -> str | None:
-        """The name of the user whose session has ended now."""
+        """The name of the user whose session has ended now; None when there was no such session."""
         return first(str, self._w.execute(
             "DELETE FROM sessions WHERE session_id = ? AND user_id = ? RETURNING"
             " (SELECT username FROM users WHERE users.user_id = sessions.user_id)", (session_id, user_id)))
@@ -409,7 +409,7 @@ class Database:
 
     def add_document(self, new: Document, stored: Future[Document]) -> None:
         """Adds the document of a published file. The result of `stored` is this document; or the document that the
-        owner uploaded under the same key before, and then the new file is listed for removal."""
+        owner uploaded under the same Idempotency-Key before, and then the new file is listed for removal."""
         self._submit(Write(functools.partial(self._add_document, new), stored, needs_sync=True))
 
     def _add_document(self, new: Document) -> Document:
@@ -470,8 +470,8 @@ class Database:
 
     @write
     def enqueue(self, document_id: str, owner_id: str, request_id: str, max_queue: int) -> Document | None:
-        """Lets an UPLOADED or FAILED document wait for a run, unless `max_queue` documents of the owner wait already.
-        The document as it is then; None: no such document."""
+        """Lets an UPLOADED or FAILED document wait for a run. Returns the document, which is unchanged when `max_queue`
+        documents of the owner wait already; None when there is no such document."""
         now = utc_now()
         queued = first(Document, self._w.execute(
             "UPDATE documents SET status = 'PROCESSING', request_id = ?, queued_at = ?, updated_at = ?,"
@@ -523,8 +523,8 @@ class Database:
 
     @write
     def renew_and_take_over(self, run_ids: Sequence[str], lease: float, max_attempts: int) -> list[Document]:
-        """Records a sign of life for these runs. Ends all runs whose last sign is older than the lease, or in the
-        future: their documents, which are returned, wait again, or are FAILED after the last attempt."""
+        """Records a sign of life for these runs. Ends all runs whose last sign is more than a lease away: their
+        documents, which are returned, wait again, or are FAILED after the last attempt."""
         now = time.time()
         self._w.execute(
             f"UPDATE documents SET beat_at = ? WHERE {RUNNING} AND run_id IN (SELECT value FROM json_each(?))",
@@ -539,7 +539,7 @@ class Database:
         requeued = self._w.execute(
             "UPDATE documents SET run_id = NULL, progress = 0, started_at = NULL, message = 'waiting for a worker',"
             f" updated_at = :stamp WHERE {lost} RETURNING {COLUMNS}", values).fetchall()
-        self._w.execute(
+        self._w.execute(  # for a clock that was set back
             f"UPDATE documents SET queued_at = :stamp WHERE {WAITING} AND queued_at > :stamp", values)
         return [Document(*row) for row in failed + requeued]
 

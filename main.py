@@ -308,7 +308,9 @@ def problem_of(request: Request, failure: BaseException) -> Problem:
             return Problem("malformed_body")
         case Throttled():
             return Problem("too_many_attempts", headers={"Retry-After": str(math.ceil(failure.args[0]))})
-        case auth.InvalidToken() | sqlite3.IntegrityError():  # or the user was removed during an upload
+        case auth.InvalidToken():
+            return Problem("invalid_token")
+        case sqlite3.IntegrityError(sqlite_errorcode=sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY):  # the user was removed
             return Problem("invalid_token")
         case HTTPException(status_code=405):
             methods = {method for route in request.app.routes if route.matches(request.scope)[0] == Match.PARTIAL
@@ -358,7 +360,7 @@ class RequestMiddleware:
         # uvicorn leaves out the body of an answer to HEAD by itself.
         inner_scope = {**scope, "method": "GET", "head": True} if request.method == "HEAD" else scope
         try:
-            if exchange.body_unread and any(
+            if exchange.request_body_unread and any(
                     coding.lower() != "identity" for coding in request.headers.getlist("content-encoding")):
                 raise Problem("unsupported_media_type", "Send the body without a Content-Encoding.")
             await self.app(inner_scope, exchange.receive, exchange.send)
@@ -388,11 +390,11 @@ class Exchange:
     def __init__(self, request: Request, receive: Receive, send: Send) -> None:
         self._receive, self._send, headers = receive, send, request.headers
         self.status = 0  # of the answer, once that has begun
-        self.body_unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+        self.request_body_unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
     async def receive(self) -> Message:
         message = await self._receive()
-        self.body_unread = message.get("more_body", False)
+        self.request_body_unread = message.get("more_body", False)
         return message
 
     async def send(self, message: Message) -> None:
@@ -401,21 +403,21 @@ class Exchange:
             MutableHeaders(raw=message["headers"]).setdefault("Cache-Control", "no-store")
             message["headers"] += [(b"x-request-id", request_id_of_context.get().encode()),
                                    (b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY")]
-            if self.body_unread:
+            if self.request_body_unread:
                 await asyncio.sleep(0)  # lets uvicorn notice a connection that it has closed for a malformed body
-        elif self.body_unread and not message.get("more_body", False):
+        elif self.request_body_unread and not message.get("more_body", False):
             await self._send({**message, "more_body": True})  # all bytes of the answer, but not its end
             await self._drain(DRAIN_SECONDS if self.status != 408 else 2)  # 408: the client had its time
-            # When the body goes on for too long, the answer gets no end, so that uvicorn closes the connection. A 408
-            # says in its header that it will be closed.
-            message = {"type": "http.response.body", "more_body": self.body_unread and self.status != 408}
+            # Where the request goes on for too long, the answer gets no end, so that uvicorn closes the connection.
+            cut_off = self.request_body_unread and self.status != 408  # which has a header that closes it
+            message = {"type": "http.response.body", "more_body": cut_off}
         await self._send(message)
 
     async def _drain(self, seconds: float) -> None:
         drained = 0
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while self.body_unread and drained < DRAIN_BYTES:
+                while self.request_body_unread and drained < DRAIN_BYTES:
                     drained += len((await self.receive()).get("body", b""))
 
 
@@ -727,7 +729,7 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
     """Stands where OCR and a language model will: checks that the file is whole, takes its time, makes up a result.
 
     A pipeline gets the open file, the document, and `progress(percent, message)`, to be called between its steps: it
-    raises RunLost when the run has to end. It returns what JSON can hold; any exception marks the document FAILED.
+    raises RunLost when the run has to end. It returns what JSON can hold; any other exception makes FAILED.
     """
     try:
         check_is_whole(file, document.media_type)
@@ -745,8 +747,8 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
 
 
 class Workers:
-    """The worker threads of this process: they claim queued documents and run them. When a run raises ProcessingFailed,
-    the document is FAILED; RunLost changes nothing; after any other error the document is taken over after the lease.
+    """The worker threads of this process: they claim queued documents and run them. Whatever the pipeline raises makes
+    the document FAILED, except RunLost. After an error of the storage or database it is taken over after the lease.
 
     The queue is in the database, shared by all processes. `wake` lets an idle thread look there. Each process wakes its
     threads once a second too, when something waits, so nothing depends on the process that took the request.
@@ -763,8 +765,8 @@ class Workers:
         return self._grace_end < math.inf
 
     def wake(self) -> None:
-        """A document waits: an idle thread looks for it, and a busy thread will when its run has ended. A thread that
-        found nothing just before the document came is woken by `renew_and_take_over`, within a second."""
+        """A document waits: an idle thread looks for it, and a busy thread will when its run has ended. (A thread that
+        has just found nothing counts as busy for a moment: then `renew_and_take_over` wakes it, within a second.)"""
         if not self.stopping and len(self._busy) < self._settings.process_workers:
             self._pool.submit(self._work)
 
@@ -893,9 +895,7 @@ async def upload(request: Request) -> Response:
             raise invalid("It was used for another file.", "header", "Idempotency-Key", code="idempotency_key_reused")
     except InDoubt:  # the document is there or may come: it needs its file
         raise
-    except asyncio.CancelledError:  # at the end of the grace: a publisher may be at work on the file
-        raise
-    except Exception:
+    except Exception:  # not CancelledError, at the end of the grace: a publisher may be at work on the file
         await run_in_threadpool(incoming.discard)
         raise
     finally:
@@ -1088,7 +1088,7 @@ async def refresh(request: Request) -> Tokens:
         if session := await committed(service.db.rotate(used.sid, used.sub, used.jti)):
             request.state.username = session.username
             return tokens_of(service, session)
-        # This token was used before. If its session still stands, somebody else may have its successor.
+        # The session has ended, or the token was used before: then somebody else may have its successor.
         if username := await committed(service.db.end_session(used.sid, used.sub)):
             log_event("token_reused", logging.WARNING, user=username, client=client_address(request))
     raise Problem("invalid_grant", "The refresh token is invalid, expired, revoked or was used before.")
@@ -1199,14 +1199,14 @@ async def repeat(action: Callable[[], Awaitable[None]], seconds: float) -> None:
 
 
 def uvicorn_server() -> uvicorn.Server | None:
-    """The server that has started this app: uvicorn tells it to nobody, but its signal handler is its method. None
-    under another server, whose own settings say how long it waits."""
+    """The server that has started this app. The handler of SIGTERM is a method of it, and there is no other way to it.
+    None under another server, whose own settings say how long it waits."""
     server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     return server if isinstance(server, uvicorn.Server) else None
 
 
 async def follow_uvicorn(service: Service) -> None:
-    """Gives the server the grace and socket options, and stops the workers once it has got SIGTERM."""
+    """Gives the server the grace and socket options, and stops the workers once the server has got SIGTERM."""
     server = uvicorn_server()
     if server is None:
         return
