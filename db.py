@@ -392,7 +392,7 @@ class Database:
             "UPDATE sessions SET previous_jti = refresh_jti, refresh_jti = ?, rotated_at = ?"
             " WHERE session_id = ? AND user_id = ? AND refresh_jti = ?",
             (str(uuid.uuid4()), now, session_id, user_id, used_jti))
-        # In both good cases the used token is the previous one now.
+        # The used token is the previous one now, after its first use and after a repeated use.
         return first(Session, self._w.execute(
             "SELECT session_id, user_id, username, refresh_jti, rotated_at, expires_at"
             " FROM sessions JOIN users USING (user_id) WHERE session_id = ? AND user_id = ? AND previous_jti = ?"

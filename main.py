@@ -310,7 +310,8 @@ def problem_of(request: Request, failure: BaseException) -> Problem:
             return Problem("too_many_attempts", headers={"Retry-After": str(math.ceil(failure.args[0]))})
         case auth.InvalidToken():
             return Problem("invalid_token")
-        case sqlite3.IntegrityError(sqlite_errorcode=sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY):  # the user was removed
+        case sqlite3.IntegrityError(sqlite_errorcode=sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY):
+            # The user was removed during the upload.
             return Problem("invalid_token")
         case HTTPException(status_code=405):
             methods = {method for route in request.app.routes if route.matches(request.scope)[0] == Match.PARTIAL
@@ -409,7 +410,7 @@ class Exchange:
             await self._send({**message, "more_body": True})  # all bytes of the answer, but not its end
             await self._drain(DRAIN_SECONDS if self.status != 408 else 2)  # 408: the client had its time
             # Where the request goes on for too long, the answer gets no end, so that uvicorn closes the connection.
-            cut_off = self.request_body_unread and self.status != 408  # which has a header that closes it
+            cut_off = self.request_body_unread and self.status != 408  # a 408 closes the connection by its header
             message = {"type": "http.response.body", "more_body": cut_off}
         await self._send(message)
 
@@ -748,7 +749,7 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
 
 class Workers:
     """The worker threads of this process: they claim queued documents and run them. Whatever the pipeline raises makes
-    the document FAILED, except RunLost. After an error of the storage or database it is taken over after the lease.
+    the document FAILED, except RunLost. After an error of storage or database another run follows after the lease.
 
     The queue is in the database, shared by all processes. `wake` lets an idle thread look there. Each process wakes its
     threads once a second too, when something waits, so nothing depends on the process that took the request.

@@ -2140,7 +2140,8 @@ def test_a_full_disk_is_told_and_got_over(tmp_path: Path) -> None:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))  # no byte more can be written: EFBIG
         for file in ((PDF, "a.pdf"), (content, "a.pdf"), (PDF.ljust(2_500_000), "a.pdf"), (docx(), "a.docx")):
             assert code_of(upload(client, *file)) == (507, "insufficient_storage")
-        for answer in (client.get("/readyz"), client.post(f"{path}/process"), client.delete(path)):
+        assert code_of(client.get("/readyz")) == (503, "unavailable")
+        for answer in (client.post(f"{path}/process"), client.delete(path)):
             assert answer.status_code in (503, 507)
         assert client.get(f"{path}/file").content == PDF
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (soft, hard))
