@@ -161,37 +161,34 @@ class RefreshToken(BaseModel):
     grant_type: Literal["refresh_token"] = "refresh_token"
 
 
-Timestamp = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+NOON = "2026-01-31T12:00:00.000000Z"
+Timestamp = Annotated[str, Field(json_schema_extra={"format": "date-time"}, examples=[NOON])]
 
 
-class Answer(BaseModel, from_attributes=True, json_schema_serialization_defaults_required=True):
-    """What a success sends."""
+class Answer(BaseModel, from_attributes=True, json_schema_serialization_defaults_required=True,
+             json_schema_extra=lambda schema: schema.update(example={
+                 name: field["examples"][0] for name, field in schema["properties"].items()})):
+    """What a success sends. Its example is made of those of its fields."""
 
 
-class Tokens(Answer, json_schema_extra={"example": {
-        "access_token": "eyJhbGciOiJIUzI1NiIsInR5cCI6ImF0K2p3dCJ9.e30.c2ln", "token_type": "bearer", "expires_in": 900,
-        "refresh_token": "eyJhbGciOiJIUzI1NiIsInR5cCI6InJ0K2p3dCJ9.e30.c2ln", "refresh_expires_in": 604800}}):
-    access_token: str
-    token_type: Literal["bearer"] = "bearer"
-    expires_in: int = Field(description="seconds")
-    refresh_token: str
-    refresh_expires_in: int = Field(description="seconds")
+class Tokens(Answer):
+    access_token: str = Field(examples=["eyJhbGciOiJIUzI1NiIsInR5cCI6ImF0K2p3dCJ9.e30.c2ln"])
+    token_type: Literal["bearer"] = Field(default="bearer", examples=["bearer"])
+    expires_in: int = Field(description="seconds", examples=[900])
+    refresh_token: str = Field(examples=["eyJhbGciOiJIUzI1NiIsInR5cCI6InJ0K2p3dCJ9.e30.c2ln"])
+    refresh_expires_in: int = Field(description="seconds", examples=[604800])
 
 
 class DocumentState(Answer):
-    document_id: uuid.UUID
-    status: Status
+    document_id: uuid.UUID = Field(examples=["5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11"])
+    status: Status = Field(examples=["COMPLETED"])
 
 
-class DocumentOut(DocumentState, json_schema_extra={"example": {
-        "document_id": "5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11", "filename": "report.pdf", "media_type": PDF,
-        "size": 80100, "sha256": "69f6b7f493b1bc55d518942976cbeadc4ec0a36f6d8a6dc24feffc516d35b2c9",
-        "status": "UPLOADED", "created_at": "2026-01-31T12:00:00.000000Z",
-        "updated_at": "2026-01-31T12:00:00.000000Z"}}):
-    filename: str
-    media_type: str
-    size: int = Field(description="bytes")
-    sha256: str
+class DocumentOut(DocumentState):
+    filename: str = Field(examples=["report.pdf"])
+    media_type: str = Field(examples=[PDF])
+    size: int = Field(description="bytes", examples=[80100])
+    sha256: str = Field(examples=["69f6b7f493b1bc55d518942976cbeadc4ec0a36f6d8a6dc24feffc516d35b2c9"])
     created_at: Timestamp
     updated_at: Timestamp
 
@@ -202,33 +199,27 @@ class ProcessingError(BaseModel):
     retryable: bool
 
 
-class StatusOut(DocumentState, json_schema_extra={"example": {
-        "document_id": "5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11", "status": "FAILED", "progress": 0, "attempts": 1,
-        "message": "The PDF has no end-of-file marker.", "request_id": "8f14e45f",
-        "created_at": "2026-01-31T12:00:00.000000Z", "updated_at": "2026-01-31T12:00:02.000000Z",
-        "started_at": "2026-01-31T12:00:01.000000Z", "finished_at": "2026-01-31T12:00:02.000000Z", "error": {
-            "code": "damaged_document", "message": "The PDF has no end-of-file marker.", "retryable": False}}}):
-    progress: int = Field(ge=0, le=100)
-    message: str
-    attempts: int
-    request_id: str | None = Field(description="of the request that started processing")
+class StatusOut(DocumentState):
+    status: Status = Field(examples=["FAILED"])
+    progress: int = Field(ge=0, le=100, examples=[0])
+    message: str = Field(examples=["The PDF has no end-of-file marker."])
+    attempts: int = Field(examples=[1])
+    request_id: str | None = Field(description="of the request that started processing", examples=["8f14e45f"])
     created_at: Timestamp
     updated_at: Timestamp
-    started_at: Timestamp | None
-    finished_at: Timestamp | None
-    error: Json[ProcessingError] | None = Field(description="only when FAILED")
+    started_at: Timestamp | None = Field(examples=[NOON])
+    finished_at: Timestamp | None = Field(examples=[NOON])
+    error: Json[ProcessingError] | None = Field(description="only when FAILED", examples=[{
+        "code": "damaged_document", "message": "The PDF has no end-of-file marker.", "retryable": False}])
 
 
-class ResultOut(DocumentState, json_schema_extra={"example": {
-        "document_id": "5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11", "status": "COMPLETED",
-        "completed_at": "2026-01-31T12:00:03.000000Z", "result": {
-            "document_type": "PDF", "summary": "A simulated summary of report.pdf.", "keywords": ["simulated"]}}}):
+class ResultOut(DocumentState):
     completed_at: Timestamp
-    result: Any
+    result: Any = Field(examples=[{"document_type": "PDF", "summary": "A simulated summary of report.pdf."}])
 
 
-class Health(Answer, json_schema_extra={"example": {"status": "ok"}}):
-    status: Literal["ok"] = "ok"
+class Health(Answer):
+    status: Literal["ok"] = Field(default="ok", examples=["ok"])
 
 
 # Problems: every error that a client can see
@@ -408,10 +399,10 @@ class Exchange:
                 await asyncio.sleep(0)  # lets uvicorn notice a connection that it has closed for a malformed body
         elif self.request_body_unread and not message.get("more_body", False):
             await self._send({**message, "more_body": True})  # all bytes of the answer, but not its end
-            await self._drain(DRAIN_SECONDS if self.status != 408 else 2)  # 408: the client had its time
-            # Where the request goes on for too long, the answer gets no end, so that uvicorn closes the connection.
-            cut_off = self.request_body_unread and self.status != 408  # a 408 closes the connection by its header
-            message = {"type": "http.response.body", "more_body": cut_off}
+            await self._drain(2 if self.status == 408 else DRAIN_SECONDS)  # a 408's client had its time
+            if self.request_body_unread and self.status != 408:  # a 408 closes the connection by its header
+                return  # without the end, so that uvicorn closes the connection
+            message = {"type": "http.response.body"}
         await self._send(message)
 
     async def _drain(self, seconds: float) -> None:
@@ -703,7 +694,7 @@ async def receive_file(request: Request, incoming: Incoming) -> None:
             raise Problem("too_large")
         if size - incoming.size > SMALL_BODY:
             raise Problem("too_large", f"There are more than {SMALL_BODY} bytes around the file.")
-        if len(incoming.held) > min(HELD_BY_ONE, HELD_BY_ALL // service.open_uploads):
+        if len(incoming.held) > max(1024, min(HELD_BY_ONE, HELD_BY_ALL // service.open_uploads)):
             await run_in_threadpool(incoming.flush)
     if form.state != MultipartState.END:
         raise FormParserError
@@ -730,12 +721,10 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
     """Stands where OCR and a language model will: checks that the file is whole, takes its time, makes up a result.
 
     A pipeline gets the open file, the document, and `progress(percent, message)`, to be called between its steps: it
-    raises RunLost when the run has to end. It returns what JSON can hold; any other exception makes FAILED.
+    raises RunLost when the run has to end. It returns what JSON can hold; any other exception makes FAILED, BadDocument
+    as damaged for good.
     """
-    try:
-        check_is_whole(file, document.media_type)
-    except BadDocument as error:
-        raise ProcessingFailed("damaged_document", str(error), retryable=False) from error
+    check_is_whole(file, document.media_type)
     for percent, step in (0, "extracting text"), (25, "recognizing layout"), (50, "classifying"), (75, "summarizing"):
         progress(percent, step)
         time.sleep(seconds / 4)
@@ -845,6 +834,8 @@ class Workers:
                 return json.dumps(self._pipeline(file, document, progress), allow_nan=False)
         except (RunLost, ProcessingFailed):
             raise
+        except BadDocument as failure:
+            raise ProcessingFailed("damaged_document", str(failure), retryable=False) from failure
         except BaseException as failure:  # even a sys.exit of the pipeline makes FAILED
             reason = f"The pipeline failed: {type(failure).__name__}."
             raise ProcessingFailed("pipeline_error", reason, retryable=True) from failure

@@ -3,15 +3,14 @@
 This module knows neither SQL nor HTTP. Another store (S3, GCS) is one more class with the methods of `Storage`; the
 tests `test_storage_*` are its contract, to be run over that class too.
 """
-import codecs
 import contextlib
 import errno
 import functools
 import hashlib
 import os
 import re
-import secrets
 import struct
+import tempfile
 import time
 import zipfile
 import zlib
@@ -101,9 +100,7 @@ class LocalStorage:
             yield from (entry.name for entry in entries if KEY.fullmatch(entry.name) and entry.is_file())
 
     def check(self) -> None:
-        key = f"probe-{secrets.token_hex(8)}"
-        with self.create(key) as file:
-            self.delete(key)  # first, so that a write that fails leaves nothing
+        with tempfile.TemporaryFile(dir=self._folder, buffering=0) as file:
             file.write(b"ready?")
 
     def _path(self, key: str) -> str:
@@ -134,7 +131,7 @@ def fsync_folder(folder: str | Path) -> None:
 
 
 class Incoming:
-    """One file on its way into the storage. Its start is checked once 1,024 bytes, or all, have come.
+    """One file on its way into the storage. Its start is checked once 1,024 bytes have come, and before it is written.
 
     One method at a time. `feed` works in memory, so it fits an event loop; the others wait for the storage.
     """
@@ -145,37 +142,33 @@ class Incoming:
         self.sha256 = hashlib.sha256()
         self.held = bytearray()  # what has come, and is not written yet
         self._storage = storage
-        self._head = b""  # the first 1,024 bytes
         self._file: BinaryIO | None = None
 
     def feed(self, piece: bytes) -> None:
         """Takes the next piece. Raises BadDocument when the file does not begin as its media type does."""
         self.size += len(piece)
         self.held += piece
-        if len(self._head) < 1024:
-            self._head += piece[:1024 - len(self._head)]
-            if len(self._head) == 1024:
-                self._check_start()
+        if self._file is None and len(self.held) >= 1024:
+            self._check_start()
 
     def _check_start(self) -> None:
-        is_good = b"%PDF-" in self._head if self.media_type == PDF else self._head.startswith(b"PK\x03\x04")
-        if is_good:
-            return
-        if self._head.startswith(OLE_MAGIC):
-            raise BadDocument("This Office file is encrypted (or of the old .doc format).")
-        raise BadDocument("The content is not what the extension says.")
+        is_good = b"%PDF-" in self.held[:1024] if self.media_type == PDF else self.held.startswith(b"PK\x03\x04")
+        if not is_good:
+            raise BadDocument("This Office file is encrypted (or of the old .doc format)."
+                              if self.held.startswith(OLE_MAGIC) else "The content is not what the extension says.")
 
     def flush(self) -> BinaryIO:
-        """Writes what is held. The file, which can be read and written."""
-        file = self._file = self._file or self._storage.create(self.key)
+        """Writes what is held: the first time at least 1,024 bytes, or all. The file, which can be read and written."""
+        if self._file is None:
+            self._check_start()
+            self._file = self._storage.create(self.key)
         self.sha256.update(self.held)
         while self.held:
-            del self.held[:file.write(self.held)]
-        return file
+            del self.held[:self._file.write(self.held)]
+        return self._file
 
     def finish(self) -> None:
         """Writes the rest of the file and publishes it. Raises BadDocument unless it is a PDF or DOCX."""
-        self._check_start()
         file = self.flush()
         if self.media_type == DOCX:
             check_is_docx(file)
@@ -193,8 +186,7 @@ class Incoming:
 OLE_MAGIC = bytes.fromhex("d0cf11e0a1b11ae1")
 MAIN_PART = f"{DOCX}.main+xml"
 CONTENT_TYPES = "/[content_types].xml"
-MAX_ENTRIES = 10_000
-MAX_DIRECTORY = 2**20  # bytes, for 10,000 entries
+MAX_ENTRIES, MAX_DIRECTORY = 10_000, 2**20  # of a ZIP directory: number, bytes
 MAX_CONTENT_TYPES, MAX_MAIN_PART = 2**18, 512 * 2**20  # bytes, unpacked
 
 
@@ -209,10 +201,9 @@ class BoundedReads:
         return self._file.seek(max(0, min(offset, self._end)) if whence == os.SEEK_SET else offset, whence)
 
     def read(self, size: int = -1) -> bytes:
-        data = self._file.read(MAX_DIRECTORY + 1 if size < 0 else min(size, MAX_DIRECTORY + 1))
-        if len(data) > MAX_DIRECTORY:
+        if size > MAX_DIRECTORY:
             raise zipfile.BadZipFile("more than a DOCX needs at once")
-        return data
+        return self._file.read(size)
 
 
 @contextlib.contextmanager
@@ -273,8 +264,7 @@ def content_types(archive: zipfile.ZipFile) -> dict[str, str]:
 
     content = b"".join(unpacked(archive, types_entry, MAX_CONTENT_TYPES))
     # OPC has these two encodings. A name of another one, however long, would stay in Python's memory.
-    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    parser = expat.ParserCreate("utf-16" if is_utf16 else "utf-8")
+    parser = expat.ParserCreate("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
     parser.StartElementHandler = on_element
     parser.StartDoctypeDeclHandler = on_doctype
     parser.Parse(content, True)

@@ -1604,7 +1604,7 @@ class Steps(LocalStorage):
     """A service and its storage that call `tell` at each step towards the disk, at BEGIN and at COMMIT. What `tell`
     raises is what goes wrong there: an OSError in the storage, a sqlite3.Error in the database."""
 
-    create, publish, sync, open, delete = map(told, ("create", "publish", "sync", "open", "delete"))
+    create, publish, sync, open, delete, check = map(told, ("create", "publish", "sync", "open", "delete", "check"))
 
     def __init__(self, folder: Path) -> None:
         self.tell: Callable[[str], object] = lambda step: None
@@ -1951,7 +1951,7 @@ def test_a_fault_at_any_step_is_answered_and_got_over(steps: Steps, caplog: pyte
         strays = stored_files(steps.settings)  # a COMMIT that failed may have written the row, so the file stays
         told = command(steps.settings, "check")[1].splitlines()
         assert len(strays) == 2 and told[:2] == [f"no document has the file {stray}" for stray in strays]
-        for step in ("create", "BEGIN"):
+        for step in ("check", "BEGIN"):
             fault[:] = step, -1, of_database if step == "BEGIN" else io_error
             unready = httpx.get(f"{client.base_url}/readyz")
             assert (*code_of(unready), unready.headers["Retry-After"]) == (503, "unavailable", "1")
