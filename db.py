@@ -1,9 +1,9 @@
 """Every line of SQL: users and sessions, the life of a document, and the queue, which is the documents table itself.
 
-One thread, the committer, owns the connection that writes, and commits what waits in one transaction (group commit):
-the more writes wait, the fewer fsyncs each pays for. Methods marked `@write` run in it and return a Future that is done
-once the commit is on disk; `add_document` is given that Future. The others read in the thread of their caller, in a
-server that of the event loop, over a second connection, and never wait for writers (WAL)."""
+One thread writes, the committer. It commits all writes that wait in one transaction (group commit): the more writes
+wait, the fewer fsyncs each pays for. A method marked `@write` runs in the committer and returns a Future that is done
+once the commit is on disk; `add_document` is given that Future. All other methods read, in the thread of their caller
+(the event loop), over a second connection, and never wait for writers (WAL)."""
 import contextlib
 import fcntl
 import functools
@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from enum import StrEnum
 from pathlib import Path
@@ -35,9 +35,6 @@ CREATE TABLE sessions (  -- two more columns are added below
     expires_at REAL NOT NULL
 ) STRICT;
 CREATE INDEX sessions_of_user ON sessions (user_id);
-CREATE TABLE login_failures (username TEXT NOT NULL, client TEXT NOT NULL, failed_at REAL NOT NULL) STRICT;
-CREATE INDEX login_failures_of ON login_failures (username, client, failed_at);
-CREATE INDEX login_failures_at ON login_failures (failed_at);
 CREATE TABLE documents (
     document_id TEXT PRIMARY KEY,
     owner_id TEXT NOT NULL REFERENCES users ON DELETE CASCADE,
@@ -46,9 +43,8 @@ CREATE TABLE documents (
     idempotency_key TEXT,
     status TEXT NOT NULL DEFAULT 'UPLOADED' CHECK (status IN ('UPLOADED', 'PROCESSING', 'COMPLETED', 'FAILED')),
     created_at TEXT NOT NULL, updated_at TEXT NOT NULL,
-    -- The latest `process` request, and the run that works for it.
-    request_id TEXT, queued_at TEXT,
-    run_id TEXT,     -- a run is one claim by a worker; NULL: the document waits for a worker
+    request_id TEXT, queued_at TEXT,  -- of the latest `process` request
+    run_id TEXT,     -- a run is one claim by a worker; NULL unless a worker has the document
     beat_at REAL,    -- last sign of life of the run
     attempts INTEGER NOT NULL DEFAULT 0,
     progress INTEGER NOT NULL DEFAULT 0,
@@ -59,7 +55,6 @@ CREATE TABLE documents (
 CREATE UNIQUE INDEX documents_by_key ON documents (owner_id, idempotency_key) WHERE idempotency_key IS NOT NULL;
 CREATE INDEX documents_newest ON documents (owner_id, created_at, document_id);
 CREATE INDEX documents_by_status ON documents (owner_id, status, created_at, document_id);
-CREATE INDEX documents_in_work ON documents (run_id, queued_at) WHERE status = 'PROCESSING';
 CREATE TABLE results (
     document_id TEXT PRIMARY KEY REFERENCES documents ON DELETE CASCADE,
     result TEXT NOT NULL
@@ -67,9 +62,11 @@ CREATE TABLE results (
 """, """
 ALTER TABLE sessions ADD COLUMN previous_jti TEXT;  -- the refresh token before, which may be used again for a moment
 ALTER TABLE sessions ADD COLUMN rotated_at REAL NOT NULL DEFAULT 0;  -- when the one that is good now was issued
-DELETE FROM login_failures;
-ALTER TABLE login_failures RENAME COLUMN username TO name_hash;
-DROP INDEX documents_in_work;
+DROP TABLE IF EXISTS login_failures;  -- of earlier versions, as the index
+DROP INDEX IF EXISTS documents_in_work;
+CREATE TABLE login_failures (name_hash TEXT NOT NULL, client TEXT NOT NULL, failed_at REAL NOT NULL) STRICT;
+CREATE INDEX login_failures_of ON login_failures (name_hash, client, failed_at);
+CREATE INDEX login_failures_at ON login_failures (failed_at);
 CREATE INDEX documents_waiting ON documents (owner_id, queued_at) WHERE status = 'PROCESSING' AND run_id IS NULL;
 CREATE INDEX documents_running ON documents (owner_id, beat_at) WHERE status = 'PROCESSING' AND run_id IS NOT NULL;
 CREATE TABLE deleted_files (document_id TEXT PRIMARY KEY) STRICT;  -- to be removed from the storage
@@ -82,9 +79,8 @@ CREATE INDEX users_by_last_claim ON users (last_claim);
 """)
 
 FAILURE_LIMIT, FAILURE_WINDOW = 5, 15 * 60.0  # failed logins, seconds
-SESSION_SECONDS = 30 * 86400.0
+SESSION_SECONDS, MAX_SESSIONS = 30 * 86400.0, 50  # of one user
 REFRESH_GRACE = 10.0  # seconds in which a refresh token may be used again
-MAX_SESSIONS = 50  # of one user
 INTERRUPTED = {"code": "interrupted", "message": "Every attempt was interrupted.", "retryable": True}
 # The two kinds of PROCESSING. The partial indexes have the same conditions.
 WAITING = "status = 'PROCESSING' AND run_id IS NULL"
@@ -122,9 +118,10 @@ class Session:
     session_id: str
     user_id: str
     username: str
-    refresh_jti: str  # of the refresh token that is good now
-    rotated_at: float  # when that token was issued
     expires_at: float
+    refresh_jti: str  # of the current refresh token
+    rotated_at: float  # when that token was issued
+    previous_jti: str | None = None  # of the token before it
 
 
 @dataclass(frozen=True)
@@ -186,7 +183,7 @@ class Database:
         those of the stored files. ValueError when the database is not ours or was lost; sqlite3.Error, OSError."""
         self._sync = sync
         self._queue: SimpleQueue[Write] = SimpleQueue()
-        self._closed = False
+        self._closed, self._submitting = False, threading.Lock()
         self._lock_path = path.with_name(path.name + ".lock")
         with self.lock():
             version = self._usable_version(path, keys)
@@ -231,7 +228,8 @@ class Database:
 
     def close(self) -> None:
         """Finishes what was submitted. Under the lock, since closing a connection checkpoints too."""
-        self._closed = True
+        with self._submitting:
+            self._closed = True
         self._queue.put(Write(lambda: None))  # wakes the committer
         self._committer.join()
         with self.lock():
@@ -241,9 +239,10 @@ class Database:
     # The committer
 
     def _submit(self, new: Write) -> Future[Any]:
-        if self._closed:
-            raise sqlite3.ProgrammingError("the database is closed")
-        self._queue.put(new)
+        with self._submitting:  # else a write could come behind the last batch, and its future would never be done
+            if self._closed:
+                raise sqlite3.ProgrammingError("the database is closed")
+            self._queue.put(new)
         return new.future
 
     def _commit_forever(self) -> None:
@@ -359,7 +358,7 @@ class Database:
             raise Throttled(failures[-1][0] + FAILURE_WINDOW - now)
 
     @write
-    def log_in(self, user: User | None, name_hash: str, client: str) -> Session | None:
+    def record_login(self, user: User | None, name_hash: str, client: str) -> Session | None:
         """Opens a session for a user whose password was right; `user=None` records a failed login. Throttled, since
         parallel guesses may have passed `check_throttle` together."""
         self.check_throttle(name_hash, client, self._w)
@@ -369,34 +368,36 @@ class Database:
                 "DELETE FROM login_failures WHERE failed_at < ? OR failed_at > ?", (now - FAILURE_WINDOW, now))
             self._w.execute("INSERT INTO login_failures VALUES (?, ?, ?)", (name_hash, client, now))
             return None
-        session = Session(
-            str(uuid.uuid4()), user.user_id, user.username, str(uuid.uuid4()), now, now + SESSION_SECONDS)
+        new = Session(
+            str(uuid.uuid4()), user.user_id, user.username, now + SESSION_SECONDS, str(uuid.uuid4()), now)
         opened = self._w.execute(
             "INSERT INTO sessions (session_id, user_id, refresh_jti, rotated_at, expires_at)"
             " SELECT ?, user_id, ?, ?, ? FROM users WHERE user_id = ? AND password_hash = ?",
-            (session.session_id, session.refresh_jti, now, session.expires_at, user.user_id,
-             user.password_hash)).rowcount
+            (new.session_id, new.refresh_jti, now, new.expires_at, user.user_id, user.password_hash)).rowcount
         self._w.execute("DELETE FROM login_failures WHERE name_hash = ? AND client = ?", (name_hash, client))
         self._w.execute(
             "DELETE FROM sessions WHERE expires_at < ? OR (user_id = ? AND rowid NOT IN"
             " (SELECT rowid FROM sessions WHERE user_id = ? ORDER BY rowid DESC LIMIT ?))",
             (now, user.user_id, user.user_id, MAX_SESSIONS))
-        return session if opened else None
+        return new if opened else None
 
     @write
     def rotate(self, session_id: str, user_id: str, used_jti: str) -> Session | None:
-        """The current token gets a new successor; the token before it, during REFRESH_GRACE, the same successor again.
-        None for any older token, after the grace, and when the session has ended."""
+        """Uses a refresh token. The current token is replaced, and is the previous token then; the previous token,
+        within REFRESH_GRACE, changes nothing. The session after that; None for any other token or an ended session."""
         now = time.time()
-        self._w.execute(
-            "UPDATE sessions SET previous_jti = refresh_jti, refresh_jti = ?, rotated_at = ?"
-            " WHERE session_id = ? AND user_id = ? AND refresh_jti = ?",
-            (str(uuid.uuid4()), now, session_id, user_id, used_jti))
-        # The used token is the previous one now, after its first use and after a repeated use.
-        return first(Session, self._w.execute(
-            "SELECT session_id, user_id, username, refresh_jti, rotated_at, expires_at"
-            " FROM sessions JOIN users USING (user_id) WHERE session_id = ? AND user_id = ? AND previous_jti = ?"
-            " AND abs(rotated_at - ?) < ?", (session_id, user_id, used_jti, now, REFRESH_GRACE)))
+        session = first(Session, self._w.execute(
+            "SELECT session_id, user_id, username, expires_at, refresh_jti, rotated_at, previous_jti"
+            " FROM sessions JOIN users USING (user_id) WHERE session_id = ? AND user_id = ?", (session_id, user_id)))
+        if session and used_jti == session.refresh_jti:
+            session = replace(session, refresh_jti=str(uuid.uuid4()), rotated_at=now)
+            self._w.execute(
+                "UPDATE sessions SET previous_jti = ?, refresh_jti = ?, rotated_at = ? WHERE session_id = ?",
+                (used_jti, session.refresh_jti, now, session_id))
+            return session
+        if session and used_jti == session.previous_jti and abs(now - session.rotated_at) < REFRESH_GRACE:
+            return session
+        return None
 
     @write
     def end_session(self, session_id: str, user_id: str) -> str | None:
@@ -489,6 +490,8 @@ class Database:
             "UPDATE users SET last_claim = (SELECT 1 + max(last_claim) FROM users) WHERE user_id = ("
             f"SELECT user_id FROM users WHERE EXISTS (SELECT 1 FROM documents WHERE {WAITING} AND owner_id = user_id)"
             " ORDER BY last_claim LIMIT 1) RETURNING user_id"))
+        if owner_id is None:
+            return None
         now = utc_now()
         return first(Document, self._w.execute(
             "UPDATE documents SET run_id = ?, beat_at = ?, attempts = attempts + 1, progress = 0, message = 'started',"
@@ -529,7 +532,7 @@ class Database:
         self._w.execute(
             f"UPDATE documents SET beat_at = ? WHERE {RUNNING} AND run_id IN (SELECT value FROM json_each(?))",
             (now, json.dumps(run_ids)))
-        lost = f"{RUNNING} AND beat_at NOT BETWEEN :oldest AND :latest"
+        lost = f"{RUNNING} AND beat_at NOT BETWEEN :oldest AND :latest"  # the clock may have been set back
         values = {"oldest": now - lease, "latest": now + lease, "max_attempts": max_attempts, "stamp": utc_now(),
                   "message": INTERRUPTED["message"], "error": json.dumps(INTERRUPTED)}
         failed = self._w.execute(
@@ -539,8 +542,7 @@ class Database:
         requeued = self._w.execute(
             "UPDATE documents SET run_id = NULL, progress = 0, started_at = NULL, message = 'waiting for a worker',"
             f" updated_at = :stamp WHERE {lost} RETURNING {COLUMNS}", values).fetchall()
-        self._w.execute(  # for a clock that was set back
-            f"UPDATE documents SET queued_at = :stamp WHERE {WAITING} AND queued_at > :stamp", values)
+        self._w.execute(f"UPDATE documents SET queued_at = :stamp WHERE {WAITING} AND queued_at > :stamp", values)
         return [Document(*row) for row in failed + requeued]
 
     def waiting(self, most: int) -> int:

@@ -359,10 +359,10 @@ class RequestMiddleware:
         except ClientDisconnect:
             exchange.status = 499  # nobody is left to answer; what nginx logs
         except (Exception, asyncio.CancelledError) as failure:
-            response = problem_of(request, failure).response()
+            problem = problem_of(request, failure)  # this logs the failure too
             if exchange.status:  # the answer has begun; uvicorn cuts it off
                 raise
-            await response(scope, exchange.receive, exchange.send)
+            await problem.response()(scope, exchange.receive, exchange.send)
         finally:
             # A path may hold secrets too: a quoted query, or the user of a whole URL.
             path = re.sub(r"(?s)^/?\w+://[^/]*|\?.*", "", scope["path"].removeprefix(path_prefix(request)))
@@ -397,20 +397,23 @@ class Exchange:
                                    (b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY")]
             if self.request_body_unread:
                 await asyncio.sleep(0)  # lets uvicorn notice a connection that it has closed for a malformed body
-        elif self.request_body_unread and not message.get("more_body", False):
-            await self._send({**message, "more_body": True})  # all bytes of the answer, but not its end
-            await self._drain(2 if self.status == 408 else DRAIN_SECONDS)  # a 408's client had its time
-            if self.request_body_unread and self.status != 408:  # a 408 closes the connection by its header
-                return  # without the end, so that uvicorn closes the connection
-            message = {"type": "http.response.body"}
-        await self._send(message)
+            await self._send(message)
+        elif message.get("more_body", False) or not self.request_body_unread:
+            await self._send(message)
+        else:
+            await self._send({**message, "more_body": True})  # the last bytes of the answer, but not its end
+            await self._drain_and_end()
 
-    async def _drain(self, seconds: float) -> None:
-        drained = 0
+    async def _drain_and_end(self) -> None:
+        """Where the request goes on for too long, the answer gets no end, so that uvicorn closes the connection. A 408
+        closes it by a header; its client had its time already."""
+        timed_out, drained = self.status == 408, 0
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(2 if timed_out else DRAIN_SECONDS):
                 while self.request_body_unread and drained < DRAIN_BYTES:
                     drained += len((await self.receive()).get("body", b""))
+        if timed_out or not self.request_body_unread:
+            await self._send({"type": "http.response.body"})
 
 
 def client_address(request: Request) -> str:
@@ -453,11 +456,11 @@ class Service:
             log_event("first_user_added", user=name, password_is_in=source)
 
     def store(self, incoming: Incoming, owner_id: str, idempotency_key: str | None) -> Future[Document]:
-        """Publishes the file in a publisher thread, which then adds the document to the database. The committer ends
-        the future when file and document are on disk."""
+        """A publisher thread publishes the file and submits the document's row. The future gets its result from the
+        committer, once file and row are on disk, and an exception from the thread that failed."""
         stored: Future[Document] = Future()
 
-        def publish_and_add() -> None:
+        def publish_and_submit() -> None:
             try:
                 incoming.finish()
                 now = utc_now()
@@ -467,7 +470,7 @@ class Service:
             except BaseException as error:
                 stored.set_exception(error)
 
-        self.publishers.submit(publish_and_add)
+        self.publishers.submit(publish_and_submit)
         return stored
 
     async def remove_deleted_files(self) -> None:
@@ -756,7 +759,7 @@ class Workers:
 
     def wake(self) -> None:
         """A document waits: an idle thread looks for it, and a busy thread will when its run has ended. (A thread that
-        has just found nothing counts as busy for a moment: then `renew_and_take_over` wakes it, within a second.)"""
+        has just found nothing counts as busy for a moment: then `look_after_runs` wakes it, within a second.)"""
         if not self.stopping and len(self._busy) < self._settings.process_workers:
             self._pool.submit(self._work)
 
@@ -772,7 +775,7 @@ class Workers:
             await asyncio.sleep(0.02)
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def renew_and_take_over(self) -> None:
+    async def look_after_runs(self) -> None:
         """Gives a sign of life for the runs of this process, ends runs whose process gives none, and wakes threads."""
         taken_over = await committed(self._db.renew_and_take_over(
             list(self._busy), self._settings.lease_seconds, self._settings.max_attempts))
@@ -802,17 +805,16 @@ class Workers:
                 request_id_of_context.set("")
 
     def _run(self, run_id: str, document: Document) -> None:
-        document_id, start = document.document_id, time.monotonic()
         request_id_of_context.set(document.request_id or "")  # also for what the pipeline logs
         log_run("process_started", document)
+        start = time.monotonic()
         try:
             result = self._call_pipeline(run_id, document)
-        except ProcessingFailed as failure:
-            self._db.fail(run_id, document_id, failure.code, failure.message, failure.retryable).result()
-            log_run("process_failed", document, start, failure=failure.__cause__, error=failure.code)
-        else:
-            self._db.complete(run_id, document_id, result).result()
+            self._db.complete(run_id, document.document_id, result).result()
             log_run("process_completed", document, start)
+        except ProcessingFailed as error:
+            self._db.fail(run_id, document.document_id, error.code, error.message, error.retryable).result()
+            log_run("process_failed", document, start, failure=error.__cause__, error=error.code)
 
     def _call_pipeline(self, run_id: str, document: Document) -> str:
         """The result as JSON. Raises ProcessingFailed or RunLost."""
@@ -883,11 +885,11 @@ async def upload(request: Request) -> Response:
         # Many uploads that end at once wait for each other, on a slow disk longer than other writes wait.
         document = await committed(service.store(incoming, user.user_id, idempotency_key),
                                    extra_seconds=4 * WRITE_SECONDS + incoming.size / SLOWEST_STORAGE)
-        if document.sha256 != incoming.sha256.hexdigest():
+        if document.sha256 != incoming.sha256.hexdigest():  # an earlier document, see `add_document`
             raise invalid("It was used for another file.", "header", "Idempotency-Key", code="idempotency_key_reused")
-    except InDoubt:  # the document is there or may come: it needs its file
+    except (InDoubt, asyncio.CancelledError):  # the row may come; at the end of the grace a publisher may be at work
         raise
-    except Exception:  # not CancelledError, at the end of the grace: a publisher may be at work on the file
+    except Exception:  # no document has this file
         await run_in_threadpool(incoming.discard)
         raise
     finally:
@@ -895,7 +897,7 @@ async def upload(request: Request) -> Response:
     headers = {"Location": f"{path_prefix(request)}/documents/{document.document_id}"}
     if document.document_id == incoming.key:
         log_event("uploaded", document_id=incoming.key, size=incoming.size, media_type=incoming.media_type)
-    else:
+    else:  # `add_document` has listed the new file for removal
         headers["Idempotency-Replayed"] = "true"
     return Response(DocumentOut.model_validate(document).model_dump_json(), 201, headers, "application/json")
 
@@ -1055,7 +1057,7 @@ async def login(request: Request) -> Tokens:
             service.db.check_throttle(name_hash, key)
             right = await asyncio.to_thread(  # not in the threads that may all wait for the storage
                 auth.verify_password, sent.password, user.password_hash if user else None)
-            session = await committed(service.db.log_in(user if right else None, name_hash, key))
+            session = await committed(service.db.record_login(user if right else None, name_hash, key))
     except Throttled:
         log_event("login_throttled", logging.WARNING, user=name, client=client)
         raise
@@ -1160,7 +1162,7 @@ async def running_service(
     service = Service(settings, storage, pipeline)
     await service.add_first_user()
     tasks = [asyncio.create_task(work) for work in (
-        follow_uvicorn(service), repeat(service.workers.renew_and_take_over, min(1.0, settings.lease_seconds / 4)),
+        follow_uvicorn(service), repeat(service.workers.look_after_runs, min(1.0, settings.lease_seconds / 4)),
         repeat(service.remove_deleted_files, 0.5))]
     try:
         yield {"service": service}
