@@ -161,7 +161,7 @@ def first(make: Callable[..., T], rows: sqlite3.Cursor) -> T | None:
 
 @dataclass(eq=False)
 class Write:
-    """A write on its way to the disk. `future` is done when the write is there, or has failed."""
+    """A write on its way to the disk. `future` is done when the write is on disk, or has failed."""
     operation: Callable[[], Any]
     future: Future[Any] = field(default_factory=Future)
     needs_sync: bool = False  # whether the operation adds a document, whose file has to be durable before the commit
@@ -179,8 +179,8 @@ def write(method: Callable[Concatenate["Database", P], T]) -> Callable[Concatena
 
 class Database:
     def __init__(self, path: Path, sync: Callable[[], None], keys: Callable[[], Iterator[str]]) -> None:
-        """Opens or creates the file. `sync` makes the files of new documents durable, before their commit; `keys` are
-        those of the stored files. ValueError when the database is not ours or was lost; sqlite3.Error, OSError."""
+        """Opens or creates the file. `sync` makes the files of new documents durable, before their commit; `keys` lists
+        the stored files. Raises ValueError when the database is not ours or was lost; else sqlite3.Error or OSError."""
         self._sync = sync
         self._queue: SimpleQueue[Write] = SimpleQueue()
         self._closed, self._submitting = False, threading.Lock()
@@ -217,7 +217,7 @@ class Database:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Lets one thread of one process in at a time. SQLite's own lock would make the others sleep and retry, and
-        does not keep them from checkpointing at the same moment (the WAL-reset bug, before SQLite 3.51.3)."""
+        lets two processes checkpoint at the same moment (the WAL-reset bug, before SQLite 3.51.3)."""
         lock_file = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(lock_file, fcntl.LOCK_EX)
@@ -291,7 +291,7 @@ class Database:
         try:
             each.result = each.operation()
         except Exception as error:
-            if not self._w.in_transaction:  # SQLite has rolled back all of it, as when the disk is full
+            if not self._w.in_transaction:  # SQLite has rolled back the whole batch, as when the disk is full
                 raise
             each.error = error
             self._w.execute("ROLLBACK TO operation")
@@ -317,7 +317,7 @@ class Database:
             "SELECT user_id, username, password_hash FROM users WHERE username = ?", (username,)))
 
     def session_user(self, session_id: str, user_id: str) -> User | None:
-        """The user, or None when this is no session of that user or it has ended."""
+        """None unless that user has this session and it has not ended."""
         return first(User, self._r.execute(
             "SELECT user_id, username, password_hash FROM sessions JOIN users USING (user_id)"
             " WHERE session_id = ? AND user_id = ? AND expires_at > ?", (session_id, user_id, time.time())))

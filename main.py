@@ -66,8 +66,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import auth
 from db import Database, Document, InDoubt, RunLost, Session, Status, Throttled, User, utc_now
-from storage import (DOCX, MEDIA_TYPES, PDF, BadDocument, Incoming, LocalStorage, Storage, check_is_whole, fsync_folder,
-                     make_folder, private)
+from storage import (DOCX, MEDIA_TYPES, PDF, START_BYTES, BadDocument, Incoming, LocalStorage, Storage, check_is_whole,
+                     fsync_folder, make_folder, private)
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
@@ -281,7 +281,7 @@ class Problem(Exception):
         return Response(json.dumps(content), status, {**headers, **self.headers}, "application/problem+json")
 
 
-def invalid(msg: str, *loc: str, code: str = "validation_error") -> Problem:
+def validation_error(msg: str, *loc: str, code: str = "validation_error") -> Problem:
     return Problem(code, errors=[{"loc": loc, "msg": msg}])
 
 
@@ -614,7 +614,7 @@ async def read_fields(request: Request, model: type[Model]) -> Model:
             return model.model_validate_json(body)
         pairs = parse_qsl(body.decode(errors="replace"), keep_blank_values=True)
         if len(dict(pairs)) < len(pairs):  # RFC 6749, 3.2
-            raise invalid("A field occurs more than once.", "body")
+            raise validation_error("A field occurs more than once.", "body")
         return model.model_validate(dict(pairs))
     except ValidationError as failure:
         raise RequestValidationError([
@@ -651,10 +651,10 @@ class MultipartFile(MultipartParser):
         if options.get(b"name") != b"file":
             return
         if self._incoming.filename:
-            raise invalid("There are two parts named file.", "body", "file")
+            raise validation_error("There are two parts named file.", "body", "file")
         filename = self._incoming.filename = shown_filename(decoded_filename(options))
         if not filename:
-            raise invalid("The part named file has no filename.", "body", "file")
+            raise validation_error("The part named file has no filename.", "body", "file")
         extension = os.path.splitext(filename)[1].lower()
         if extension not in MEDIA_TYPES:
             raise Problem("unsupported_media_type", "The filename has to end in .pdf or .docx.")
@@ -697,12 +697,12 @@ async def receive_file(request: Request, incoming: Incoming) -> None:
             raise Problem("too_large")
         if size - incoming.size > SMALL_BODY:
             raise Problem("too_large", f"There are more than {SMALL_BODY} bytes around the file.")
-        if len(incoming.held) > max(1024, min(HELD_BY_ONE, HELD_BY_ALL // service.open_uploads)):
+        if len(incoming.held) > max(START_BYTES, min(HELD_BY_ONE, HELD_BY_ALL // service.open_uploads)):
             await run_in_threadpool(incoming.flush)
     if form.state != MultipartState.END:
         raise FormParserError
     if not incoming.size:
-        raise invalid("There is no part named file, or it is empty.", "body", "file")
+        raise validation_error("There is no part named file, or it is empty.", "body", "file")
 
 
 # Processing
@@ -740,11 +740,12 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
 
 
 class Workers:
-    """The worker threads of this process: they claim queued documents and run them. Whatever the pipeline raises makes
-    the document FAILED, except RunLost. After an error of storage or database another run follows after the lease.
+    """The worker threads of this process. Each claims a queued document and calls the pipeline with it: a run. Whatever
+    the pipeline raises makes the document FAILED, except RunLost. A run that can't open its file, or can't write to the
+    database, just ends: the document gets another run after the lease.
 
-    The queue is in the database, shared by all processes. `wake` lets an idle thread look there. Each process wakes its
-    threads once a second too, when something waits, so nothing depends on the process that took the request.
+    The queue is in the database, shared by all processes. `wake` lets an idle thread look there, and `look_after_runs`
+    does so once a second, so nothing depends on the process that took the request.
     """
 
     def __init__(self, db: Database, storage: Storage, pipeline: Pipeline, settings: Settings) -> None:
@@ -797,7 +798,7 @@ class Workers:
                 self._run(run_id, document)
             except RunLost:
                 pass  # the document was deleted or taken over, or the grace of a shutdown is over
-            except Exception as failure:  # a run that can't be read or written now is tried again after the lease
+            except Exception as failure:  # of storage or database: see above
                 log_event("background_error", logging.ERROR, failure=failure)
                 return
             finally:
@@ -877,7 +878,7 @@ async def upload(request: Request) -> Response:
         raise Problem("unavailable")
     idempotency_key = request.headers.get("idempotency-key")
     if idempotency_key is not None and not re.fullmatch(IDEMPOTENCY_KEY, idempotency_key):
-        raise invalid("Use 1 to 128 visible ASCII characters.", "header", "Idempotency-Key")
+        raise validation_error("Use 1 to 128 visible ASCII characters.", "header", "Idempotency-Key")
     incoming = Incoming(service.storage, str(uuid.uuid4()))
     service.open_uploads += 1
     try:
@@ -886,7 +887,8 @@ async def upload(request: Request) -> Response:
         document = await committed(service.store(incoming, user.user_id, idempotency_key),
                                    extra_seconds=4 * WRITE_SECONDS + incoming.size / SLOWEST_STORAGE)
         if document.sha256 != incoming.sha256.hexdigest():  # an earlier document, see `add_document`
-            raise invalid("It was used for another file.", "header", "Idempotency-Key", code="idempotency_key_reused")
+            raise validation_error(
+                "It was used for another file.", "header", "Idempotency-Key", code="idempotency_key_reused")
     except (InDoubt, asyncio.CancelledError):  # the row may come; at the end of the grace a publisher may be at work
         raise
     except Exception:  # no document has this file
@@ -1147,7 +1149,7 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
 @contextlib.asynccontextmanager
 async def running_service(
         settings: Settings, storage: Storage | None, pipeline: Pipeline | None) -> AsyncIterator[dict[str, Any]]:
-    """The service, from its start to its end. It yields the state of all requests, where `service_of` finds it.
+    """The service, from its start to its end. What it yields is in the state of each request: see `service_of`.
 
     After SIGTERM:
     1. `follow_uvicorn` stops the workers within 0.1 s: no more runs begin, long polls are answered, the grace begins.
@@ -1155,7 +1157,8 @@ async def running_service(
     3. This function goes on after its `yield`. Runs have what is left of the grace.
     4. Publishers and committer end the uploads and writes that were begun, for a second at most.
     5. uvicorn raises the signal again, which ends the process. As process 1 of a container, or after Ctrl-C, Python
-       first waits for its threads: for steps of a pipeline that go on, and for a run's write if the lock is held.
+       first waits for its threads: for steps of a pipeline that go on, and for a run's write while another process
+       holds the database's lock.
     """
     log.setLevel(settings.log_level)
     raise_descriptor_limit()
@@ -1193,8 +1196,8 @@ async def repeat(action: Callable[[], Awaitable[None]], seconds: float) -> None:
 
 
 def uvicorn_server() -> uvicorn.Server | None:
-    """The server that has started this app. The handler of SIGTERM is a method of it, and there is no other way to it.
-    None under another server, whose own settings say how long it waits."""
+    """The uvicorn server that runs this app: its method is the handler of SIGTERM, and uvicorn offers no other way to
+    find it. None under another server, whose own settings say how long it waits."""
     server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     return server if isinstance(server, uvicorn.Server) else None
 

@@ -1,8 +1,7 @@
 """Documents as bytes: what makes a file a PDF or DOCX, a file on its way in, and `Storage` with its local disk.
 
-This module knows neither SQL nor HTTP. Another store (S3, GCS) is one more class with the methods of `Storage`; the
-tests `test_storage_*` are its contract, to be run over that class too.
-"""
+This module knows neither SQL nor HTTP. Another store (S3, GCS) is one more class with the methods of `Storage`, to be
+tested by the tests `test_storage_*` too."""
 import contextlib
 import errno
 import functools
@@ -26,6 +25,7 @@ MEDIA_TYPES = {".pdf": PDF, ".docx": DOCX}
 
 private = functools.partial(os.open, mode=0o600)  # an `opener` of files that only their owner may read
 KEY = re.compile(r"[A-Za-z0-9-]{1,64}")
+START_BYTES = 1024  # `%PDF-` comes within them
 
 
 class BadDocument(Exception):
@@ -131,7 +131,7 @@ def fsync_folder(folder: str | Path) -> None:
 
 
 class Incoming:
-    """One file on its way into the storage. Its start is checked once 1,024 bytes have come, and before it is written.
+    """One file on its way into the storage. Its start is checked when START_BYTES, or all, have come.
 
     One method at a time. `feed` works in memory, so it fits an event loop; the others wait for the storage.
     """
@@ -148,17 +148,17 @@ class Incoming:
         """Takes the next piece. Raises BadDocument when the file does not begin as its media type does."""
         self.size += len(piece)
         self.held += piece
-        if self._file is None and len(self.held) >= 1024:
+        if self._file is None and len(self.held) >= START_BYTES:
             self._check_start()
 
     def _check_start(self) -> None:
-        is_good = b"%PDF-" in self.held[:1024] if self.media_type == PDF else self.held.startswith(b"PK\x03\x04")
+        is_good = b"%PDF-" in self.held[:START_BYTES] if self.media_type == PDF else self.held.startswith(b"PK\x03\x04")
         if not is_good:
             raise BadDocument("This Office file is encrypted (or of the old .doc format)."
                               if self.held.startswith(OLE_MAGIC) else "The content is not what the extension says.")
 
     def flush(self) -> BinaryIO:
-        """Writes what is held: the first time at least 1,024 bytes, or all. The file, which can be read and written."""
+        """Writes what is held, and returns the file. Not to be called before START_BYTES, or all, have come."""
         if self._file is None:
             self._check_start()
             self._file = self._storage.create(self.key)
