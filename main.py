@@ -455,24 +455,6 @@ class Service:
             source = "DOCS_ADMIN_PASSWORD" if self.settings.admin_password else str(file)
             log_event("first_user_added", user=name, password_is_in=source)
 
-    def store(self, incoming: Incoming, owner_id: str, idempotency_key: str | None) -> Future[Document]:
-        """A publisher thread publishes the file and submits the document's row. The future gets its result from the
-        committer, once file and row are on disk, and an exception from the thread that failed."""
-        stored: Future[Document] = Future()
-
-        def publish_and_submit() -> None:
-            try:
-                incoming.finish()
-                now = utc_now()
-                self.db.add_document(Document(
-                    incoming.key, owner_id, incoming.filename, incoming.media_type, incoming.size,
-                    incoming.sha256.hexdigest(), Status.UPLOADED, now, now, idempotency_key=idempotency_key), stored)
-            except BaseException as error:
-                stored.set_exception(error)
-
-        self.publishers.submit(publish_and_submit)
-        return stored
-
     async def remove_deleted_files(self) -> None:
         """Removes the files of deleted documents, whatever process deleted the documents. The first failure ends the
         round; the next round begins with other files."""
@@ -705,6 +687,26 @@ async def receive_file(request: Request, incoming: Incoming) -> None:
         raise validation_error("There is no part named file, or it is empty.", "body", "file")
 
 
+async def store(service: Service, incoming: Incoming, owner_id: str, idempotency_key: str | None) -> Document:
+    """What `add_document` returns, once file and row are on disk. A publisher thread publishes the file and submits the
+    row; the committer gives `stored` its result, and the thread that fails its exception. Raises InDoubt, too."""
+    stored: Future[Document] = Future()
+
+    def publish_and_submit() -> None:
+        try:
+            incoming.finish()
+            now = utc_now()
+            service.db.add_document(Document(
+                incoming.key, owner_id, incoming.filename, incoming.media_type, incoming.size,
+                incoming.sha256.hexdigest(), Status.UPLOADED, now, now, idempotency_key=idempotency_key), stored)
+        except BaseException as error:
+            stored.set_exception(error)
+
+    service.publishers.submit(publish_and_submit)
+    # Many uploads that end at once wait for each other, on a slow disk longer than other writes wait.
+    return await committed(stored, extra_seconds=4 * WRITE_SECONDS + incoming.size / SLOWEST_STORAGE)
+
+
 # Processing
 
 Progress = Callable[[int, str], None]
@@ -883,15 +885,13 @@ async def upload(request: Request) -> Response:
     service.open_uploads += 1
     try:
         await receive_file(request, incoming)
-        # Many uploads that end at once wait for each other, on a slow disk longer than other writes wait.
-        document = await committed(service.store(incoming, user.user_id, idempotency_key),
-                                   extra_seconds=4 * WRITE_SECONDS + incoming.size / SLOWEST_STORAGE)
-        if document.sha256 != incoming.sha256.hexdigest():  # an earlier document, see `add_document`
+        document = await store(service, incoming, user.user_id, idempotency_key)
+        if document.sha256 != incoming.sha256.hexdigest():  # an earlier document under this key
             raise validation_error(
                 "It was used for another file.", "header", "Idempotency-Key", code="idempotency_key_reused")
     except (InDoubt, asyncio.CancelledError):  # the row may come; at the end of the grace a publisher may be at work
         raise
-    except Exception:  # no document has this file
+    except Exception:  # no document has this file, nor will
         await run_in_threadpool(incoming.discard)
         raise
     finally:
@@ -899,7 +899,7 @@ async def upload(request: Request) -> Response:
     headers = {"Location": f"{path_prefix(request)}/documents/{document.document_id}"}
     if document.document_id == incoming.key:
         log_event("uploaded", document_id=incoming.key, size=incoming.size, media_type=incoming.media_type)
-    else:  # `add_document` has listed the new file for removal
+    else:
         headers["Idempotency-Replayed"] = "true"
     return Response(DocumentOut.model_validate(document).model_dump_json(), 201, headers, "application/json")
 
