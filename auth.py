@@ -20,7 +20,7 @@ ACCESS = "at+jwt"  # RFC 9068
 REFRESH = "rt+jwt"
 ISSUER = "document-lifecycle-api"
 
-# OWASP's equal-strength scrypt settings; this one takes 16 MiB. Stored in each hash, so they can grow later.
+# The one of OWASP's scrypt settings that takes 16 MiB. Each hash has its own in it, so new hashes may get others.
 SCRYPT_N, SCRYPT_R, SCRYPT_P = 2**14, 8, 5
 
 COMPACT_JWS = re.compile(r"[\w-]{1,512}\.[\w-]{1,4096}\.[\w-]{1,512}", re.ASCII)
@@ -89,7 +89,7 @@ class TokenSigner:
 
 
 def hash_password(password: str) -> str:
-    """`scrypt$n$r$p$salt$key`, salt and key in base64. Takes about 0.15 s and 16 MiB: not for an event loop."""
+    """`scrypt$n$r$p$salt$key`, salt and key in base64. Takes about 0.15 s and 16 MiB: not for a busy event loop."""
     salt = secrets.token_bytes(16)
     key = scrypt(password, salt, SCRYPT_N, SCRYPT_R, SCRYPT_P)
     encoded = "$".join(base64.b64encode(part).decode() for part in (salt, key))

@@ -2,7 +2,7 @@
 
 One thread writes, the committer. It commits all writes that wait in one transaction (group commit): the more writes
 wait, the fewer fsyncs each pays for. A method marked `@write` runs in the committer and returns a Future that is done
-once the commit is on disk; `add_document` is given that Future. All other methods read, in the thread of their caller
+once the commit is on disk; `add_document` has it as an argument. All other methods read, in the thread of their caller
 (the event loop), over a second connection, and never wait for writers (WAL)."""
 import contextlib
 import fcntl
@@ -62,8 +62,7 @@ CREATE TABLE results (
 """, """
 ALTER TABLE sessions ADD COLUMN previous_jti TEXT;  -- the refresh token before, which may be used again for a moment
 ALTER TABLE sessions ADD COLUMN rotated_at REAL NOT NULL DEFAULT 0;  -- when the one that is good now was issued
-DROP TABLE IF EXISTS login_failures;  -- of earlier versions, as the index
-DROP INDEX IF EXISTS documents_in_work;
+DROP TABLE IF EXISTS login_failures; DROP INDEX IF EXISTS documents_in_work;  -- those of earlier versions
 CREATE TABLE login_failures (name_hash TEXT NOT NULL, client TEXT NOT NULL, failed_at REAL NOT NULL) STRICT;
 CREATE INDEX login_failures_of ON login_failures (name_hash, client, failed_at);
 CREATE INDEX login_failures_at ON login_failures (failed_at);
@@ -95,8 +94,8 @@ class Throttled(Exception):
     """Too many logins failed. `args[0]` is the number of seconds until the next login is looked at."""
 
 
-class RunLost(Exception):
-    """The document no longer belongs to this run: it was deleted or taken over. Or the run has to end at a shutdown."""
+class RunEnded(Exception):
+    """The run has to end: its document was deleted or taken over, or the grace of a shutdown is over."""
 
 
 class Status(StrEnum):
@@ -180,7 +179,7 @@ def write(method: Callable[Concatenate["Database", P], T]) -> Callable[Concatena
 class Database:
     def __init__(self, path: Path, sync: Callable[[], None], keys: Callable[[], Iterator[str]]) -> None:
         """Opens or creates the file. `sync` makes the files of new documents durable, before their commit; `keys` lists
-        the stored files. Raises ValueError when the database is not ours or was lost; else sqlite3.Error or OSError."""
+        the stored files. Raises ValueError when the database is not ours or was lost; sqlite3.Error; OSError."""
         self._sync = sync
         self._queue: SimpleQueue[Write] = SimpleQueue()
         self._closed, self._submitting = False, threading.Lock()
@@ -344,7 +343,7 @@ class Database:
 
     @write
     def remove_user(self, username: str) -> bool:
-        """Removes the user with sessions and documents, whose files the trigger lists; whether there was one."""
+        """Removes the user with sessions and documents, whose files the trigger lists. False: there is no such user."""
         return self._w.execute("DELETE FROM users WHERE username = ?", (username,)).rowcount == 1
 
     def check_throttle(self, name_hash: str, client: str, connection: sqlite3.Connection | None = None) -> None:
@@ -384,7 +383,7 @@ class Database:
     @write
     def rotate(self, session_id: str, user_id: str, used_jti: str) -> Session | None:
         """Uses a refresh token. The current token is replaced, and is the previous token then; the previous token,
-        within REFRESH_GRACE, changes nothing. The session after that; None for any other token or an ended session."""
+        within REFRESH_GRACE, changes nothing. Returns the session as it is then; None for any other token."""
         now = time.time()
         session = first(Session, self._w.execute(
             "SELECT session_id, user_id, username, expires_at, refresh_jti, rotated_at, previous_jti"
@@ -518,21 +517,22 @@ class Database:
             message, error, utc_now())
 
     def _update_run(self, run_id: str, document_id: str, assignments: str, *values: Any) -> None:
-        """Raises RunLost, and writes nothing, unless the document still belongs to this run."""
+        """Raises RunEnded, and writes nothing, unless the document still belongs to this run."""
         if not self._w.execute(
                 f"UPDATE documents SET {assignments}, updated_at = ? WHERE document_id = ? AND run_id = ?",
                 (*values, utc_now(), document_id, run_id)).rowcount:
-            raise RunLost
+            raise RunEnded
 
     @write
     def renew_and_take_over(self, run_ids: Sequence[str], lease: float, max_attempts: int) -> list[Document]:
         """Records a sign of life for these runs. Ends all runs whose last sign is more than a lease away: their
-        documents, which are returned, wait again, or are FAILED after the last attempt."""
+        documents, which are returned, wait again, or are FAILED after the last attempt. What is of the future, since
+        the clock was set back, is void."""
         now = time.time()
         self._w.execute(
             f"UPDATE documents SET beat_at = ? WHERE {RUNNING} AND run_id IN (SELECT value FROM json_each(?))",
             (now, json.dumps(run_ids)))
-        lost = f"{RUNNING} AND beat_at NOT BETWEEN :oldest AND :latest"  # the clock may have been set back
+        lost = f"{RUNNING} AND beat_at NOT BETWEEN :oldest AND :latest"
         values = {"oldest": now - lease, "latest": now + lease, "max_attempts": max_attempts, "stamp": utc_now(),
                   "message": INTERRUPTED["message"], "error": json.dumps(INTERRUPTED)}
         failed = self._w.execute(

@@ -65,7 +65,7 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import auth
-from db import Database, Document, InDoubt, RunLost, Session, Status, Throttled, User, utc_now
+from db import Database, Document, InDoubt, RunEnded, Session, Status, Throttled, User, utc_now
 from storage import (DOCX, MEDIA_TYPES, PDF, START_BYTES, BadDocument, Incoming, LocalStorage, Storage, check_is_whole,
                      fsync_folder, make_folder, private)
 
@@ -396,7 +396,7 @@ class Exchange:
             message["headers"] += [(b"x-request-id", request_id_of_context.get().encode()),
                                    (b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY")]
             if self.request_body_unread:
-                await asyncio.sleep(0)  # lets uvicorn notice a connection that it has closed for a malformed body
+                await asyncio.sleep(0)  # uvicorn may have closed the connection: it has to notice that it did
             await self._send(message)
         elif message.get("more_body", False) or not self.request_body_unread:
             await self._send(message)
@@ -405,14 +405,14 @@ class Exchange:
             await self._drain_and_end()
 
     async def _drain_and_end(self) -> None:
-        """Where the request goes on for too long, the answer gets no end, so that uvicorn closes the connection. A 408
-        closes it by a header; its client had its time already."""
-        timed_out, drained = self.status == 408, 0
+        """Reads the rest of the request. Where it goes on for too long, the answer gets no end, so that uvicorn closes
+        the connection. But a 408 has a header that closes the connection, and comes after a time of waiting already."""
+        is_408, drained = self.status == 408, 0
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(2 if timed_out else DRAIN_SECONDS):
+            async with asyncio.timeout(2 if is_408 else DRAIN_SECONDS):
                 while self.request_body_unread and drained < DRAIN_BYTES:
                     drained += len((await self.receive()).get("body", b""))
-        if timed_out or not self.request_body_unread:
+        if is_408 or not self.request_body_unread:
             await self._send({"type": "http.response.body"})
 
 
@@ -688,8 +688,8 @@ async def receive_file(request: Request, incoming: Incoming) -> None:
 
 
 async def store(service: Service, incoming: Incoming, owner_id: str, idempotency_key: str | None) -> Document:
-    """What `add_document` returns, once file and row are on disk. A publisher thread publishes the file and submits the
-    row; the committer gives `stored` its result, and the thread that fails its exception. Raises InDoubt, too."""
+    """Returns the document (see `add_document`) when file and row are on disk. A publisher thread publishes the file
+    and submits the row; the committer sets the result of `stored`. Whichever of the two fails sets its exception."""
     stored: Future[Document] = Future()
 
     def publish_and_submit() -> None:
@@ -726,8 +726,8 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
     """Stands where OCR and a language model will: checks that the file is whole, takes its time, makes up a result.
 
     A pipeline gets the open file, the document, and `progress(percent, message)`, to be called between its steps: it
-    raises RunLost when the run has to end. It returns what JSON can hold; any other exception makes FAILED, BadDocument
-    as damaged for good.
+    raises RunEnded when the run has to end. It returns what JSON can hold. Any other exception makes FAILED, and
+    BadDocument says that the file is damaged.
     """
     check_is_whole(file, document.media_type)
     for percent, step in (0, "extracting text"), (25, "recognizing layout"), (50, "classifying"), (75, "summarizing"):
@@ -742,9 +742,9 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
 
 
 class Workers:
-    """The worker threads of this process. Each claims a queued document and calls the pipeline with it: a run. Whatever
-    the pipeline raises makes the document FAILED, except RunLost. A run that can't open its file, or can't write to the
-    database, just ends: the document gets another run after the lease.
+    """The worker threads of this process. Each claims a queued document and calls the pipeline with it: that is a run.
+    Whatever the pipeline raises makes the document FAILED, except RunEnded. A run that can't open its file, or can't
+    write to the database, just ends: the document gets another run after the lease.
 
     The queue is in the database, shared by all processes. `wake` lets an idle thread look there, and `look_after_runs`
     does so once a second, so nothing depends on the process that took the request.
@@ -754,11 +754,7 @@ class Workers:
         self._db, self._storage, self._pipeline, self._settings = db, storage, pipeline, settings
         self._pool = ThreadPoolExecutor(settings.process_workers, "worker")
         self._busy: set[str] = set()  # the run id of each busy thread, from before its claim on
-        self._grace_end = math.inf  # by time.monotonic(), once `stop` was called
-
-    @property
-    def stopping(self) -> bool:
-        return self._grace_end < math.inf
+        self.stopping, self._grace_end = False, math.inf  # by time.monotonic()
 
     def wake(self) -> None:
         """A document waits: an idle thread looks for it, and a busy thread will when its run has ended. (A thread that
@@ -769,7 +765,8 @@ class Workers:
     def stop(self) -> None:
         """No run begins any more, and those that go on have the grace. What is unfinished at its end is taken over
         after the lease, like after a crash."""
-        self._grace_end = min(self._grace_end, time.monotonic() + self._settings.shutdown_seconds)
+        if not self.stopping:
+            self._grace_end, self.stopping = time.monotonic() + self._settings.shutdown_seconds, True
 
     async def close(self) -> None:
         """Waits for the runs until the grace is over."""
@@ -798,9 +795,9 @@ class Workers:
                 if document is None:
                     return
                 self._run(run_id, document)
-            except RunLost:
+            except RunEnded:
                 pass  # the document was deleted or taken over, or the grace of a shutdown is over
-            except Exception as failure:  # of storage or database: see above
+            except Exception as failure:  # of storage or database: the run just ends
                 log_event("background_error", logging.ERROR, failure=failure)
                 return
             finally:
@@ -820,10 +817,10 @@ class Workers:
             log_run("process_failed", document, start, failure=error.__cause__, error=error.code)
 
     def _call_pipeline(self, run_id: str, document: Document) -> str:
-        """The result as JSON. Raises ProcessingFailed or RunLost."""
+        """The result as JSON. Raises ProcessingFailed or RunEnded."""
         def progress(percent: int, message: str) -> None:
             if time.monotonic() > self._grace_end:
-                raise RunLost
+                raise RunEnded
             percent = max(0, min(int(percent), 99))
             try:
                 self._db.record_progress(run_id, document.document_id, percent, message).result()
@@ -837,7 +834,7 @@ class Workers:
         try:
             with file:
                 return json.dumps(self._pipeline(file, document, progress), allow_nan=False)
-        except (RunLost, ProcessingFailed):
+        except (RunEnded, ProcessingFailed):
             raise
         except BadDocument as failure:
             raise ProcessingFailed("damaged_document", str(failure), retryable=False) from failure
@@ -881,7 +878,8 @@ async def upload(request: Request) -> Response:
     idempotency_key = request.headers.get("idempotency-key")
     if idempotency_key is not None and not re.fullmatch(IDEMPOTENCY_KEY, idempotency_key):
         raise validation_error("Use 1 to 128 visible ASCII characters.", "header", "Idempotency-Key")
-    incoming = Incoming(service.storage, str(uuid.uuid4()))
+    document_id = str(uuid.uuid4())
+    incoming = Incoming(service.storage, document_id)
     service.open_uploads += 1
     try:
         await receive_file(request, incoming)
@@ -889,16 +887,16 @@ async def upload(request: Request) -> Response:
         if document.sha256 != incoming.sha256.hexdigest():  # an earlier document under this key
             raise validation_error(
                 "It was used for another file.", "header", "Idempotency-Key", code="idempotency_key_reused")
-    except (InDoubt, asyncio.CancelledError):  # the row may come; at the end of the grace a publisher may be at work
+    except InDoubt:  # the row may be committed, and needs its file
         raise
-    except Exception:  # no document has this file, nor will
+    except Exception:  # not CancelledError, at the end of a shutdown's grace: a publisher may be at work on the file
         await run_in_threadpool(incoming.discard)
         raise
     finally:
         service.open_uploads -= 1
     headers = {"Location": f"{path_prefix(request)}/documents/{document.document_id}"}
-    if document.document_id == incoming.key:
-        log_event("uploaded", document_id=incoming.key, size=incoming.size, media_type=incoming.media_type)
+    if document.document_id == document_id:
+        log_event("uploaded", document_id=document_id, size=incoming.size, media_type=incoming.media_type)
     else:
         headers["Idempotency-Replayed"] = "true"
     return Response(DocumentOut.model_validate(document).model_dump_json(), 201, headers, "application/json")
@@ -975,7 +973,7 @@ async def get_result(document: OwnDocument, request: Request) -> Response:
     result = or_404(service_of(request).db.result(document.document_id))  # else it was deleted a moment ago
     others = json.dumps({
         "document_id": document.document_id, "status": document.status, "completed_at": document.finished_at})
-    return Response(f'{others[:-1]}, "result": {result}}}', media_type="application/json")  # which is JSON already
+    return Response(f'{others[:-1]}, "result": {result}}}', media_type="application/json")  # `result` is JSON
 
 
 @router.get("/documents/{document_id:uuid}/file", tags=["documents"], summary="Download the stored file",
@@ -1046,25 +1044,25 @@ def tokens_of(service: Service, session: Session) -> Tokens:
 async def login(request: Request) -> Tokens:
     """Gives an access and a refresh token (OAuth 2 password grant). Errors: `invalid_grant`, `too_many_attempts`."""
     service, sent, client = service_of(request), await read_fields(request, Credentials), client_address(request)
-    key, name_hash = auth.throttle_key(client), service.signer.name_hash(sent.username)
-    if service.logins.count(key) >= LOGINS_AT_ONCE:
+    throttle_key, name_hash = auth.throttle_key(client), service.signer.name_hash(sent.username)
+    if service.logins.count(throttle_key) >= LOGINS_AT_ONCE:
         raise Problem("too_many_attempts")
     user = service.db.user(sent.username)
     name = user.username if user else None  # an unknown one may be a password in the wrong field: it is not logged
-    service.logins.append(key)
+    service.logins.append(throttle_key)
     try:
         async with service.password_checks:
             if await request.is_disconnected():
                 raise ClientDisconnect
-            service.db.check_throttle(name_hash, key)
-            right = await asyncio.to_thread(  # not in the threads that may all wait for the storage
+            service.db.check_throttle(name_hash, throttle_key)
+            right = await asyncio.to_thread(  # not in `run_in_threadpool`, whose threads may all wait for the storage
                 auth.verify_password, sent.password, user.password_hash if user else None)
-            session = await committed(service.db.record_login(user if right else None, name_hash, key))
+            session = await committed(service.db.record_login(user if right else None, name_hash, throttle_key))
     except Throttled:
         log_event("login_throttled", logging.WARNING, user=name, client=client)
         raise
     finally:
-        service.logins.remove(key)
+        service.logins.remove(throttle_key)
     if session is None:
         log_event("login_failed", logging.WARNING, user=name, client=client)
         raise Problem("invalid_grant", "Wrong user name or password.")

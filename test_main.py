@@ -1990,7 +1990,7 @@ def test_a_fault_at_any_step_is_answered_and_got_over(steps: Steps, caplog: pyte
 ODD_PIPELINE = """
 import os, pathlib, time
 import main
-from db import RunLost
+from db import RunEnded
 def pipeline(file, document, progress):
     if document.filename == "poison.pdf":
         os._exit(1)
@@ -2000,7 +2000,7 @@ def pipeline(file, document, progress):
             progress(50, "half of it")
             time.sleep(0.05)
         progress(90, "nearly")
-    except RunLost:
+    except RunEnded:
         gate.with_suffix(".lost").touch()
         if document.filename != "stubborn.pdf":
             raise
