@@ -181,7 +181,7 @@ class Tokens(Answer):
 
 class DocumentState(Answer):
     document_id: uuid.UUID = Field(examples=["5b0c1e3a-0b57-4a39-9d53-5a1d6f3f8a11"])
-    status: Status = Field(examples=["COMPLETED"])
+    status: Status = Field(examples=["UPLOADED"])
 
 
 class DocumentOut(DocumentState):
@@ -214,6 +214,7 @@ class StatusOut(DocumentState):
 
 
 class ResultOut(DocumentState):
+    status: Status = Field(examples=["COMPLETED"])
     completed_at: Timestamp
     result: Any = Field(examples=[{"document_type": "PDF", "summary": "A simulated summary of report.pdf."}])
 
@@ -839,6 +840,8 @@ class Workers:
         except BadDocument as failure:
             raise ProcessingFailed("damaged_document", str(failure), retryable=False) from failure
         except BaseException as failure:  # even a sys.exit of the pipeline makes FAILED
+            if time.monotonic() > self._grace_end:  # the pipeline may have wrapped what `progress` raised
+                raise RunEnded from failure
             reason = f"The pipeline failed: {type(failure).__name__}."
             raise ProcessingFailed("pipeline_error", reason, retryable=True) from failure
 

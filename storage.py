@@ -96,11 +96,10 @@ class LocalStorage:
             Path(self._path(key) + suffix).unlink(missing_ok=True)
 
     def keys(self) -> Iterator[str]:
-        with os.scandir(self._folder) as entries:
-            yield from (entry.name for entry in entries if KEY.fullmatch(entry.name) and entry.is_file())
+        return (name for name in os.listdir(self._folder) if KEY.fullmatch(name) and os.path.isfile(self._path(name)))
 
     def check(self) -> None:
-        with tempfile.TemporaryFile(dir=self._folder, buffering=0) as file:
+        with tempfile.TemporaryFile(dir=self._folder, suffix=".part", buffering=0) as file:
             file.write(b"ready?")
 
     def _path(self, key: str) -> str:
@@ -175,7 +174,8 @@ class Incoming:
         self._storage.publish(self.key, file)
 
     def discard(self) -> None:
-        """Removes what was written, published or not."""
+        """Forgets what is held, and removes what was written, published or not."""
+        self.held.clear()
         if self._file is not None:
             self._file.close()
             self._storage.delete(self.key)
@@ -186,7 +186,7 @@ class Incoming:
 OLE_MAGIC = bytes.fromhex("d0cf11e0a1b11ae1")
 MAIN_PART = f"{DOCX}.main+xml"
 CONTENT_TYPES = "/[content_types].xml"
-MAX_ENTRIES, MAX_DIRECTORY = 10_000, 2**20  # of a ZIP directory: number, bytes
+MAX_ENTRIES, MAX_DIRECTORY = 10_000, 2**21  # of a ZIP directory: number, bytes
 MAX_CONTENT_TYPES, MAX_MAIN_PART = 2**18, 512 * 2**20  # bytes, unpacked
 
 
