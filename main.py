@@ -300,11 +300,8 @@ def problem_of(request: Request, failure: BaseException) -> Problem:
             return Problem("malformed_body")
         case Throttled():
             return Problem("too_many_attempts", headers={"Retry-After": str(math.ceil(failure.args[0]))})
-        case auth.InvalidToken():
-            return Problem("invalid_token")
-        case sqlite3.IntegrityError(sqlite_errorcode=sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY):
-            # The user was removed during the upload.
-            return Problem("invalid_token")
+        case auth.InvalidToken() | sqlite3.IntegrityError(sqlite_errorcode=sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY):
+            return Problem("invalid_token")  # the latter: the user was removed during the upload
         case HTTPException(status_code=405):
             methods = {method for route in request.app.routes if route.matches(request.scope)[0] == Match.PARTIAL
                        for method in route.methods}
