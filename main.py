@@ -670,8 +670,7 @@ async def receive_file(request: Request, incoming: Incoming) -> None:
     service, form, size = service_of(request), MultipartFile(request.headers.get("content-type"), incoming), 0
     max_size = service.settings.max_upload_bytes
     async for chunk in body_chunks(request, max_size + SMALL_BODY, UPLOAD_SECONDS):
-        form.write(chunk)
-        size += len(chunk)
+        size += form.write(chunk)
         del chunk  # a thousand uploads that wait for their next chunk would hold a lot
         if incoming.size > max_size:
             raise Problem("too_large")
