@@ -395,12 +395,10 @@ class Exchange:
                                    (b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY")]
             if self.request_body_unread:
                 await asyncio.sleep(0)  # uvicorn may have closed the connection: it has to notice that it did
-            await self._send(message)
-        elif message.get("more_body", False) or not self.request_body_unread:
-            await self._send(message)
-        else:
+        elif self.request_body_unread and not message.get("more_body", False):
             await self._send({**message, "more_body": True})  # the last bytes of the answer, but not its end
-            await self._drain_and_end()
+            return await self._drain_and_end()
+        await self._send(message)
 
     async def _drain_and_end(self) -> None:
         """Reads the rest of the request. Where it goes on for too long, the answer gets no end, so that uvicorn closes
