@@ -265,21 +265,19 @@ PROBLEM_SCHEMA = {
         "error_description": {"type": "string"}}}
 
 
-class Problem(Exception):
-    """An answer that is an error (RFC 9457): a code of PROBLEMS, with headers and members of its own."""
+class Problem(Exception, Response):
+    """An exception that is its own answer (RFC 9457): a code of PROBLEMS, with headers and members of its own."""
 
     def __init__(self, code: str, detail: str | None = None, headers: Mapping[str, str] | None = None,
                  **members: Any) -> None:
-        self.code, self.detail, self.headers, self.members = code, detail, headers or {}, members
-
-    def response(self) -> Response:
-        status, detail, headers = PROBLEMS[self.code]
+        status, usual_detail, usual_headers = PROBLEMS[code]
         content = {
-            "title": HTTPStatus(status).phrase, "status": status, "detail": self.detail or detail, "code": self.code,
-            "request_id": request_id_of_context.get(), **self.members}
-        if self.code == "invalid_grant":  # RFC 6749, 5.2
-            content |= {"error": self.code, "error_description": content["detail"]}
-        return Response(json.dumps(content), status, {**headers, **self.headers}, "application/problem+json")
+            "title": HTTPStatus(status).phrase, "status": status, "detail": detail or usual_detail, "code": code,
+            "request_id": request_id_of_context.get(), **members}
+        if code == "invalid_grant":  # RFC 6749, 5.2
+            content |= {"error": code, "error_description": content["detail"]}
+        Response.__init__(
+            self, json.dumps(content), status, {**usual_headers, **(headers or {})}, "application/problem+json")
 
 
 def validation_error(msg: str, *loc: str, code: str = "validation_error") -> Problem:
@@ -360,7 +358,7 @@ class RequestMiddleware:
             problem = problem_of(request, failure)  # this logs the failure too
             if exchange.status:  # the answer has begun; uvicorn cuts it off
                 raise
-            await problem.response()(scope, exchange.receive, exchange.send)
+            await problem(scope, exchange.receive, exchange.send)
         finally:
             # A path may hold secrets too: a quoted query, or the user of a whole URL.
             path = re.sub(r"(?s)^/?\w+://[^/]*|\?.*", "", scope["path"].removeprefix(path_prefix(request)))
