@@ -284,8 +284,9 @@ def validation_error(msg: str, *loc: str, code: str = "validation_error") -> Pro
     return Problem(code, errors=[{"loc": loc, "msg": msg}])
 
 
-def problem_of(request: Request, failure: BaseException) -> Problem:
-    """What an exception, be it ours or a library's, tells the client. What the operator has to know is logged."""
+async def problem_of(request: Request, failure: BaseException) -> Problem:
+    """What an exception, be it ours or a library's, tells the client. What the operator has to know is logged. FastAPI
+    calls it for its own exceptions, RequestMiddleware for all others. (Starlette runs a plain function in a thread.)"""
     match failure:
         case Problem():
             return failure
@@ -320,11 +321,6 @@ def problem_of(request: Request, failure: BaseException) -> Problem:
             return Problem("internal_error")
 
 
-async def reraise(_: Request, failure: Exception) -> Response:
-    """FastAPI's handler for its own exceptions: RequestMiddleware answers them, as all others."""
-    raise failure
-
-
 # The request middleware
 
 DRAIN_SECONDS, DRAIN_BYTES = 30.0, 2**28
@@ -355,7 +351,7 @@ class RequestMiddleware:
         except ClientDisconnect:
             exchange.status = 499  # nobody is left to answer; what nginx logs
         except (Exception, asyncio.CancelledError) as failure:
-            problem = problem_of(request, failure)  # this logs the failure too
+            problem = await problem_of(request, failure)  # this logs the failure too
             if exchange.status:  # the answer has begun; uvicorn cuts it off
                 raise
             await problem(scope, exchange.receive, exchange.send)
@@ -1132,7 +1128,7 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
         openapi_tags=[{"name": tag} for tag in ("auth", "documents", "processing", "health")],
         redirect_slashes=False, redoc_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # FastAPI's OpenTelemetry: nothing collects it
-        exception_handlers={HTTPException: reraise, RequestValidationError: reraise},
+        exception_handlers={HTTPException: problem_of, RequestValidationError: problem_of},
         middleware=[Middleware(RequestMiddleware)], routes=[
             # FastAPI's own handling of a request would take a sixth of the time of a small upload.
             Route("/documents/upload", upload, methods=["POST"]),
