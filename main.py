@@ -830,8 +830,8 @@ class Workers:
         except BaseException as failure:  # even a sys.exit of the pipeline makes FAILED
             if time.monotonic() > self._grace_end:  # the pipeline may have wrapped what `progress` raised
                 raise RunEnded from failure
-            reason = f"The pipeline failed: {type(failure).__name__}."
-            raise ProcessingFailed("pipeline_error", reason, retryable=True) from failure
+            raise ProcessingFailed(
+                "pipeline_error", f"The pipeline failed: {type(failure).__name__}.", retryable=True) from failure
 
 
 def log_run(event: str, document: Document, start: float | None = None, failure: BaseException | None = None,
