@@ -1017,17 +1017,13 @@ def form_or_json(model: type[BaseModel]) -> dict[str, Any]:
 def tokens_of(service: Service, session: Session) -> Tokens:
     """A new access token, and the refresh token that is good now. Its text depends on the session alone, so refreshes
     within REFRESH_GRACE get the same."""
-    now, settings, end = time.time(), service.settings, session.expires_at
-    access_end = min(now + settings.access_token_seconds, end)
-    refresh_end = min(session.rotated_at + settings.refresh_token_seconds, end)
-    ids = session.user_id, session.session_id
+    settings, ids = service.settings, (session.user_id, session.session_id)
+    now, rotated_at, end = int(time.time()), int(session.rotated_at), int(session.expires_at)
+    access = auth.Claims(*ids, str(uuid.uuid4()), now, min(now + settings.access_token_seconds, end))
+    renewal = auth.Claims(*ids, session.refresh_jti, rotated_at, min(rotated_at + settings.refresh_token_seconds, end))
     return Tokens(
-        access_token=service.signer.issue(
-            auth.ACCESS, auth.Claims(*ids, str(uuid.uuid4()), int(now), int(access_end))),
-        expires_in=round(access_end - now),
-        refresh_token=service.signer.issue(
-            auth.REFRESH, auth.Claims(*ids, session.refresh_jti, int(session.rotated_at), int(refresh_end))),
-        refresh_expires_in=round(refresh_end - now))
+        access_token=service.signer.issue(auth.ACCESS, access), expires_in=access.exp - now,
+        refresh_token=service.signer.issue(auth.REFRESH, renewal), refresh_expires_in=renewal.exp - now)
 
 
 @router.post("/auth/login", tags=["auth"], summary="Log in with user name and password",
