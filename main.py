@@ -1260,12 +1260,11 @@ def check_files(db: Database, storage: Storage, folder: Path) -> int:
     time.sleep(1)  # for uploads and deletions that are under way
     later_keys, later_ids = set(storage.keys()), db.document_ids()
     strays = (keys & later_keys) - later_ids - set(db.deleted_files())
-    missing = (ids - later_keys) & later_ids
-    for line in sorted([f"no document has the file {key}" for key in strays]
-                       + [f"the document {document_id} has no file" for document_id in missing]):
-        print(line)
-    print(f"{len(strays)} files without a document, {len(missing)} documents without a file in {folder}")
-    return 1 if strays or missing else 0
+    lost = (ids - later_keys) & later_ids
+    lines = sorted([f"no document has the file {key}" for key in strays]
+                   + [f"the document {document_id} has no file" for document_id in lost])
+    print(*lines, f"{len(strays)} files without a document, {len(lost)} documents without a file in {folder}", sep="\n")
+    return 1 if lines else 0
 
 
 app = create_app()
