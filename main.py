@@ -896,11 +896,11 @@ async def upload(request: Request) -> Response:
 CURSOR = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z_[0-9a-f-]{36}$"  # created_at and id of the last document of a page
 
 
-@router.get("/documents", tags=["documents"], summary="List your documents", response_model=list[DocumentOut])
+@router.get("/documents", tags=["documents"], summary="List your documents")
 async def list_documents(
         request: Request, response: Response, user: CurrentUser, limit: Annotated[int, Query(ge=1, le=200)] = 50,
         status: Status = Query(None),  # the type has no None, so that the schema does not say null
-        cursor: str = Query(None, pattern=CURSOR, description="of the Link header")) -> list[Document]:
+        cursor: str = Query(None, pattern=CURSOR, description="of the Link header")) -> list[DocumentOut]:
     """Newest first. The header `Link: <...>; rel="next"` leads to the next page (RFC 8288)."""
     before = cursor.split("_") if cursor else []
     documents = service_of(request).db.documents(user.user_id, limit + 1, status, before)
@@ -909,20 +909,18 @@ async def list_documents(
         query = {"limit": limit, "cursor": f"{last.created_at}_{last.document_id}"} | (
             {"status": status} if status else {})
         response.headers["Link"] = f'<{path_prefix(request)}/documents?{urlencode(query)}>; rel="next"'
-    return documents[:limit]
+    return [DocumentOut.model_validate(document) for document in documents[:limit]]
 
 
-@router.get("/documents/{document_id:uuid}", tags=["documents"], summary="Get one document",
-            response_model=DocumentOut)
-async def get_one(document: OwnDocument) -> Document:
+@router.get("/documents/{document_id:uuid}", tags=["documents"], summary="Get one document")
+async def get_one(document: OwnDocument) -> DocumentOut:
     """The same as the upload answered, with the document's present status. Error: `not_found`."""
-    return document
+    return DocumentOut.model_validate(document)
 
 
 @router.post("/documents/{document_id:uuid}/process", tags=["processing"], summary="Start processing a document",
-             status_code=202, response_model=StatusOut,
-             responses={200: {"description": "COMPLETED already: the result stands", "model": StatusOut}})
-async def process(document_id: uuid.UUID, request: Request, response: Response, user: CurrentUser) -> Document:
+             status_code=202, responses={200: {"description": "COMPLETED: the result stands", "model": StatusOut}})
+async def process(document_id: uuid.UUID, request: Request, response: Response, user: CurrentUser) -> StatusOut:
     """Idempotent: however many calls come, an UPLOADED or FAILED document is queued once. Errors: `not_found`,
     `queue_full`."""
     service, request_id = service_of(request), request_id_of_context.get()
@@ -935,13 +933,12 @@ async def process(document_id: uuid.UUID, request: Request, response: Response, 
     else:
         service.workers.wake()
         response.headers.update({**SOON, "Location": f"{path_prefix(request)}/documents/{document_id}/status"})
-    return document
+    return StatusOut.model_validate(document)
 
 
-@router.get("/documents/{document_id:uuid}/status", tags=["processing"], summary="See how processing goes",
-            response_model=StatusOut)
+@router.get("/documents/{document_id:uuid}/status", tags=["processing"], summary="See how processing goes")
 async def get_status(document: OwnDocument, request: Request, response: Response,
-                     wait: Annotated[float, Query(ge=0, le=30, description="seconds")] = 0) -> Document:
+                     wait: Annotated[float, Query(ge=0, le=30, description="seconds")] = 0) -> StatusOut:
     """With `wait` it answers when processing ends, or after that time. Error: `not_found`."""
     service, end = service_of(request), time.monotonic() + wait
     while document.status == Status.PROCESSING and time.monotonic() < end and not service.workers.stopping:
@@ -949,7 +946,7 @@ async def get_status(document: OwnDocument, request: Request, response: Response
         document = or_404(service.db.document(document.document_id, document.owner_id))
     if document.status == Status.PROCESSING:
         response.headers.update(SOON)
-    return document
+    return StatusOut.model_validate(document)
 
 
 @router.get("/documents/{document_id:uuid}/result", tags=["processing"], summary="Get the result of processing",
