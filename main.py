@@ -1240,10 +1240,8 @@ def main(storage: Storage | None = None) -> int:
 
 
 def read_password() -> str:
-    if not sys.stdin.isatty():
-        return sys.stdin.readline().rstrip("\r\n")
-    password = getpass.getpass("Password: ")
-    if getpass.getpass("Once more: ") != password:
+    password = getpass.getpass("Password: ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\r\n")
+    if sys.stdin.isatty() and getpass.getpass("Once more: ") != password:
         raise ValueError("the two passwords differ")
     return password
 
