@@ -1219,7 +1219,9 @@ def main(storage: Storage | None = None) -> int:
         settings = Settings.from_environment(os.environ)
         folder = settings.data_dir.absolute()
         if chosen.command == "add-user":
-            password = read_password()
+            password = getpass.getpass("Password: ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\r\n")
+            if sys.stdin.isatty() and getpass.getpass("Once more: ") != password:
+                raise ValueError("the two passwords differ")
             if not (1 <= len(chosen.name) <= 128 and 8 <= len(password) <= 1024):
                 raise ValueError("a name has 1 to 128 characters, a password 8 to 1,024")
         elif not (folder / "documents.db").exists():
@@ -1237,13 +1239,6 @@ def main(storage: Storage | None = None) -> int:
     except (ValueError, OSError, sqlite3.Error, EOFError, KeyboardInterrupt) as error:
         print(f"{chosen.command}: {str(error) or 'stopped'}", file=sys.stderr)
         return 1
-
-
-def read_password() -> str:
-    password = getpass.getpass("Password: ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\r\n")
-    if sys.stdin.isatty() and getpass.getpass("Once more: ") != password:
-        raise ValueError("the two passwords differ")
-    return password
 
 
 def check_files(db: Database, storage: Storage, folder: Path) -> int:
