@@ -53,7 +53,7 @@ from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
 from fastapi.security import OAuth2PasswordBearer
-from pydantic import BaseModel, BeforeValidator, Field, Json, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Json, ValidationError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, MultipartState, parse_options_header
 from starlette.concurrency import run_in_threadpool
@@ -78,8 +78,9 @@ Model = TypeVar("Model", bound=BaseModel)
 class Settings(BaseModel, frozen=True, populate_by_name=True, alias_generator=lambda name: f"DOCS_{name.upper()}"):
     """Each is read from the environment variable DOCS_ and its name in capitals."""
 
-    # An empty DOCS_DATA_DIR becomes None, which is not valid; a Path would make it the current folder.
-    data_dir: Annotated[Path, BeforeValidator(lambda path: os.path.expanduser(path) or None)] = Path("data")
+    # Empty becomes None, which is not valid: a Path would be the current folder. Absolute: a pipeline may change that.
+    data_dir: Annotated[Path, BeforeValidator(lambda path: os.path.expanduser(path) or None),
+                        AfterValidator(Path.absolute)] = Field(Path("data"), validate_default=True)
     jwt_secret: bytes | None = Field(None, min_length=32, repr=False)
     admin_username: str = Field("admin", min_length=1, max_length=128)
     admin_password: str | None = Field(None, min_length=8, max_length=1024, repr=False)
@@ -467,13 +468,12 @@ class Service:
 
 def open_stores(settings: Settings, storage: Storage | None = None) -> tuple[Database, Storage]:
     """The database, and the storage of the documents' files: the one given, or the folder `files`."""
-    folder = settings.data_dir.absolute()  # a pipeline may change the current folder
     try:
-        make_folder(folder)
-        files = storage or LocalStorage(folder / "files")
+        make_folder(settings.data_dir)
+        files = storage or LocalStorage(settings.data_dir / "files")
     except OSError as error:
         raise ValueError(f"DOCS_DATA_DIR: should be a folder that can be used ({error.strerror})") from error
-    return Database(folder / "documents.db", files.sync, files.keys), files
+    return Database(settings.data_dir / "documents.db", files.sync, files.keys), files
 
 
 def secret_file(db: Database, path: Path) -> str:
@@ -1217,24 +1217,23 @@ def main(storage: Storage | None = None) -> int:
     chosen = parser.parse_args()
     try:
         settings = Settings.from_environment(os.environ)
-        folder = settings.data_dir.absolute()
         if chosen.command == "add-user":
             password = getpass.getpass("Password: ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\r\n")
             if sys.stdin.isatty() and getpass.getpass("Once more: ") != password:
                 raise ValueError("the two passwords differ")
             if not (1 <= len(chosen.name) <= 128 and 8 <= len(password) <= 1024):
                 raise ValueError("a name has 1 to 128 characters, a password 8 to 1,024")
-        elif not (folder / "documents.db").exists():
-            raise ValueError(f"there is no database in {folder}")
+        elif not (settings.data_dir / "documents.db").exists():
+            raise ValueError(f"there is no database in {settings.data_dir}")
         db, files = open_stores(settings, storage)
         with contextlib.closing(db):
             if chosen.command == "check":
-                return check_files(db, files, folder)
+                return check_files(db, files, settings.data_dir)
             if chosen.command == "add-user":
                 db.set_user(chosen.name, auth.hash_password(password)).result()
             elif not db.remove_user(chosen.name).result():
-                raise ValueError(f"there is no user {chosen.name} in {folder}")
-        print(f"{chosen.command} {chosen.name}: done in {folder}")
+                raise ValueError(f"there is no user {chosen.name} in {settings.data_dir}")
+        print(f"{chosen.command} {chosen.name}: done in {settings.data_dir}")
         return 0
     except (ValueError, OSError, sqlite3.Error, EOFError, KeyboardInterrupt) as error:
         print(f"{chosen.command}: {str(error) or 'stopped'}", file=sys.stderr)
