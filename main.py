@@ -1005,11 +1005,10 @@ LOGINS_AT_ONCE = 10  # of one throttle key
 
 
 def form_or_json(model: type[BaseModel]) -> dict[str, Any]:
-    content = {"schema": model.model_json_schema()}
     return {  # without a parameter, openapi-python-client leaves an import out of its client
         "parameters": [{"name": "X-Request-ID", "in": "header", "required": False, "schema": {"type": "string"}}],
-        "requestBody": {"required": True, "content": {
-            "application/x-www-form-urlencoded": content, "application/json": content}}}
+        "requestBody": {"required": True, "content": dict.fromkeys(
+            ("application/x-www-form-urlencoded", "application/json"), {"schema": model.model_json_schema()})}}
 
 
 def tokens_of(service: Service, session: Session) -> Tokens:
