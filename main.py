@@ -851,7 +851,7 @@ router = APIRouter(responses={"default": {
 IDEMPOTENCY_KEY = "[!-~]{1,128}"
 
 
-@router.post(  # for the documentation alone
+@router.post(  # documents the upload; the plain route below, which comes first, serves it
     "/documents/upload", tags=["documents"], summary="Upload a PDF or DOCX", status_code=201,
     response_model=DocumentOut, dependencies=[Depends(signed_in)], openapi_extra={
         "parameters": [{"name": "Idempotency-Key", "in": "header", "required": False, "description": "one for a file",
@@ -859,7 +859,7 @@ IDEMPOTENCY_KEY = "[!-~]{1,128}"
         "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {
             "type": "object", "required": ["file"],
             "properties": {"file": {"type": "string", "format": "binary", "description": "PDF or DOCX"}}}}}}})
-@router.route("/documents/upload", ["POST"])  # serves it: FastAPI's handling would take a sixth of a small one's time
+@router.route("/documents/upload", ["POST"])  # FastAPI's handling would take a sixth of a small upload's time
 async def upload(request: Request) -> Response:
     """Stores one file, which after the 201 survives a crash or a power loss. With an `Idempotency-Key` a repeated
     upload answers the first document again. Errors: `malformed_body`, `upload_timeout`, `too_large`,
