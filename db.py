@@ -2,8 +2,8 @@
 
 One thread writes, the committer. It commits all writes that wait in one transaction (group commit): the more writes
 wait, the fewer fsyncs each pays for. A method marked `@write` runs in the committer and returns a Future that is done
-once the commit is on disk; `add_document` has it as an argument. All other methods read, in the thread of their caller
-(the event loop), over a second connection, and never wait for writers (WAL)."""
+once the commit is on disk; `add_document` has that Future as an argument. All other queries read, in the thread of
+their caller (the event loop), over a second connection, and never wait for writers (WAL)."""
 import contextlib
 import fcntl
 import functools
@@ -31,7 +31,7 @@ CREATE TABLE users (user_id TEXT PRIMARY KEY, username TEXT NOT NULL UNIQUE, pas
 CREATE TABLE sessions (  -- two more columns are added below
     session_id TEXT PRIMARY KEY,
     user_id TEXT NOT NULL REFERENCES users ON DELETE CASCADE,
-    refresh_jti TEXT NOT NULL,  -- the one refresh token that is good now
+    refresh_jti TEXT NOT NULL,  -- the current refresh token
     expires_at REAL NOT NULL
 ) STRICT;
 CREATE INDEX sessions_of_user ON sessions (user_id);
@@ -39,8 +39,7 @@ CREATE TABLE documents (
     document_id TEXT PRIMARY KEY,
     owner_id TEXT NOT NULL REFERENCES users ON DELETE CASCADE,
     filename TEXT NOT NULL, media_type TEXT NOT NULL,
-    size INTEGER NOT NULL, sha256 TEXT NOT NULL,
-    idempotency_key TEXT,
+    size INTEGER NOT NULL, sha256 TEXT NOT NULL, idempotency_key TEXT,
     status TEXT NOT NULL DEFAULT 'UPLOADED' CHECK (status IN ('UPLOADED', 'PROCESSING', 'COMPLETED', 'FAILED')),
     created_at TEXT NOT NULL, updated_at TEXT NOT NULL,
     request_id TEXT, queued_at TEXT,  -- of the latest `process` request
@@ -60,9 +59,9 @@ CREATE TABLE results (
     result TEXT NOT NULL
 ) STRICT;
 """, """
-ALTER TABLE sessions ADD COLUMN previous_jti TEXT;  -- the refresh token before, which may be used again for a moment
-ALTER TABLE sessions ADD COLUMN rotated_at REAL NOT NULL DEFAULT 0;  -- when the one that is good now was issued
-DROP TABLE IF EXISTS login_failures; DROP INDEX IF EXISTS documents_in_work;  -- those of earlier versions
+ALTER TABLE sessions ADD COLUMN previous_jti TEXT;  -- the one before it, which may be used again for a moment
+ALTER TABLE sessions ADD COLUMN rotated_at REAL NOT NULL DEFAULT 0;  -- when the current one was issued
+DROP TABLE IF EXISTS login_failures; DROP INDEX IF EXISTS documents_in_work;  -- older versions made both
 CREATE TABLE login_failures (name_hash TEXT NOT NULL, client TEXT NOT NULL, failed_at REAL NOT NULL) STRICT;
 CREATE INDEX login_failures_of ON login_failures (name_hash, client, failed_at);
 CREATE INDEX login_failures_at ON login_failures (failed_at);
@@ -222,8 +221,9 @@ class Database:
             fcntl.flock(lock_file, fcntl.LOCK_EX)
             yield
         finally:
-            fcntl.flock(lock_file, fcntl.LOCK_UN)  # a child of a fork may have the file open too
-            os.close(lock_file)
+            with contextlib.suppress(OSError):  # after a COMMIT it would say that the commit failed
+                fcntl.flock(lock_file, fcntl.LOCK_UN)  # a child of a fork may have the file open too
+                os.close(lock_file)
 
     def close(self) -> None:
         """Finishes what was submitted. Under the lock, since closing a connection checkpoints too."""
@@ -347,7 +347,7 @@ class Database:
         return self._w.execute("DELETE FROM users WHERE username = ?", (username,)).rowcount == 1
 
     def check_throttle(self, name_hash: str, client: str, connection: sqlite3.Connection | None = None) -> None:
-        """Throttled when too many logins with this name from this address have failed."""
+        """Raises Throttled when too many logins with this name from this address have failed."""
         now = time.time()
         failures = (connection or self._r).execute(
             "SELECT failed_at FROM login_failures WHERE name_hash = ? AND client = ? AND failed_at BETWEEN ? AND ?"
@@ -358,8 +358,8 @@ class Database:
 
     @write
     def record_login(self, user: User | None, name_hash: str, client: str) -> Session | None:
-        """Opens a session for a user whose password was right; `user=None` records a failed login. Throttled, since
-        parallel guesses may have passed `check_throttle` together."""
+        """Opens a session for a user whose password was right; `user=None` records a failed login. Raises Throttled
+        too, since parallel guesses may have passed `check_throttle` together."""
         self.check_throttle(name_hash, client, self._w)
         now = time.time()
         if user is None:
@@ -382,8 +382,8 @@ class Database:
 
     @write
     def rotate(self, session_id: str, user_id: str, used_jti: str) -> Session | None:
-        """Uses a refresh token. The current token is replaced, and is the previous token then; the previous token,
-        within REFRESH_GRACE, changes nothing. Returns the session as it is then; None for any other token."""
+        """Uses a refresh token, returns the session as it is then. The current token gets a successor, and is kept as
+        the previous token; the previous token, within REFRESH_GRACE, changes nothing. None for any other token."""
         now = time.time()
         session = first(Session, self._w.execute(
             "SELECT session_id, user_id, username, expires_at, refresh_jti, rotated_at, previous_jti"
@@ -525,9 +525,8 @@ class Database:
 
     @write
     def renew_and_take_over(self, run_ids: Sequence[str], lease: float, max_attempts: int) -> list[Document]:
-        """Records a sign of life for these runs. Ends all runs whose last sign is more than a lease away: their
-        documents, which are returned, wait again, or are FAILED after the last attempt. What is of the future, since
-        the clock was set back, is void."""
+        """Records a sign of life for these runs. Ends all runs whose last sign is more than a lease ago, or ahead (the
+        clock was set back): their documents, which are returned, wait again, or are FAILED after the last attempt."""
         now = time.time()
         self._w.execute(
             f"UPDATE documents SET beat_at = ? WHERE {RUNNING} AND run_id IN (SELECT value FROM json_each(?))",
@@ -541,7 +540,8 @@ class Database:
             f" RETURNING {COLUMNS}", values).fetchall()
         requeued = self._w.execute(
             "UPDATE documents SET run_id = NULL, progress = 0, started_at = NULL, message = 'waiting for a worker',"
-            f" updated_at = :stamp WHERE {lost} RETURNING {COLUMNS}", values).fetchall()
+            f" updated_at = :stamp WHERE {lost} AND attempts < :max_attempts RETURNING {COLUMNS}", values).fetchall()
+        # For a clock that was set back: later requests would be processed before these.
         self._w.execute(f"UPDATE documents SET queued_at = :stamp WHERE {WAITING} AND queued_at > :stamp", values)
         return [Document(*row) for row in failed + requeued]
 

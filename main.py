@@ -389,18 +389,18 @@ class Exchange:
             message["headers"] += [(b"x-request-id", request_id_of_context.get().encode()),
                                    (b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY")]
             if self.request_body_unread:
-                await asyncio.sleep(0)  # uvicorn may have closed the connection: it has to notice that it did
+                await asyncio.sleep(0)  # if uvicorn has closed the connection (malformed body), this lets it notice
         elif self.request_body_unread and not message.get("more_body", False):
             await self._send({**message, "more_body": True})  # the last bytes of the answer, but not its end
             return await self._drain_and_end()
         await self._send(message)
 
     async def _drain_and_end(self) -> None:
-        """Reads the rest of the request. Where it goes on for too long, the answer gets no end, so that uvicorn closes
-        the connection. But a 408 has a header that closes the connection, and comes after a time of waiting already."""
+        """Reads the rest of the request. If that goes on for too long, the answer gets no end, so that uvicorn closes
+        the connection. A 408 gets its end anyway: its header `Connection: close` has the same effect."""
         is_408, drained = self.status == 408, 0
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(2 if is_408 else DRAIN_SECONDS):
+            async with asyncio.timeout(2 if is_408 else DRAIN_SECONDS):  # a 408's client had its time
                 while self.request_body_unread and drained < DRAIN_BYTES:
                     drained += len((await self.receive()).get("body", b""))
         if is_408 or not self.request_body_unread:
@@ -531,8 +531,8 @@ def or_404(row: T | None) -> T:
 
 
 class DocumentOfCaller(SessionBearer):
-    """The document of the path, if it is the caller's; any other is unknown. It checks the token too, as a second
-    dependency would make a request 5 % slower."""
+    """The document of the path, if it is the caller's; any other is unknown. The class checks the token too: a second
+    dependency for that would make a request 5 % slower."""
 
     async def __call__(self, document_id: uuid.UUID, request: Request) -> Document:  # type: ignore[override]
         user = await super().__call__(request)
@@ -659,14 +659,15 @@ def shown_filename(name: str) -> str:
 
 async def receive_file(request: Request, incoming: Incoming) -> None:
     """Reads the body into `incoming`. What an upload holds beyond its share of memory is written in a thread."""
-    service, form, size = service_of(request), MultipartFile(request.headers.get("content-type"), incoming), 0
+    form, body_size = MultipartFile(request.headers.get("content-type"), incoming), 0
+    service = service_of(request)
     max_size = service.settings.max_upload_bytes
     async for chunk in body_chunks(request, max_size + SMALL_BODY, UPLOAD_SECONDS):
-        size += form.write(chunk)
+        body_size += form.write(chunk)
         del chunk  # a thousand uploads that wait for their next chunk would hold a lot
         if incoming.size > max_size:
             raise Problem("too_large")
-        if size - incoming.size > SMALL_BODY:
+        if body_size - incoming.size > SMALL_BODY:
             raise Problem("too_large", f"There are more than {SMALL_BODY} bytes around the file.")
         if len(incoming.held) > max(START_BYTES, min(HELD_BY_ONE, HELD_BY_ALL // service.open_uploads)):
             await run_in_threadpool(incoming.flush)
@@ -678,7 +679,7 @@ async def receive_file(request: Request, incoming: Incoming) -> None:
 
 async def store(service: Service, incoming: Incoming, owner_id: str, idempotency_key: str | None) -> Document:
     """Returns the document (see `add_document`) when file and row are on disk. A publisher thread publishes the file
-    and submits the row; the committer sets the result of `stored`. Whichever of the two fails sets its exception."""
+    and submits the row, then takes the next file: the committer sets the result of `stored`, for many rows at once."""
     stored: Future[Document] = Future()
 
     def publish_and_submit() -> None:
@@ -732,11 +733,11 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
 
 class Workers:
     """The worker threads of this process. Each claims a queued document and calls the pipeline with it: that is a run.
-    Whatever the pipeline raises makes the document FAILED, except RunEnded. A run that can't open its file, or can't
-    write to the database, just ends: the document gets another run after the lease.
+    Whatever the pipeline raises makes the document FAILED, except RunEnded, and so does a missing file. Where storage
+    or database fail otherwise, the run just ends, and the document gets another run after the lease.
 
-    The queue is in the database, shared by all processes. `wake` lets an idle thread look there, and `look_after_runs`
-    does so once a second, so nothing depends on the process that took the request.
+    The queue is in the database, shared by all processes. `wake` lets an idle thread look there; `look_after_runs`
+    calls it each second while documents wait, so nothing depends on the process that took the request.
     """
 
     def __init__(self, db: Database, storage: Storage, pipeline: Pipeline, settings: Settings) -> None:
@@ -851,7 +852,7 @@ router = APIRouter(responses={"default": {
 IDEMPOTENCY_KEY = "[!-~]{1,128}"
 
 
-@router.post(  # documents the upload; the plain route below, which comes first, serves it
+@router.post(  # documents the upload; the plain route serves it, as the lower decorator comes first
     "/documents/upload", tags=["documents"], summary="Upload a PDF or DOCX", status_code=201,
     response_model=DocumentOut, dependencies=[Depends(signed_in)], openapi_extra={
         "parameters": [{"name": "Idempotency-Key", "in": "header", "required": False, "description": "one for a file",
@@ -879,7 +880,7 @@ async def upload(request: Request) -> Response:
         if document.sha256 != incoming.sha256.hexdigest():  # an earlier document under this key
             raise validation_error(
                 "It was used for another file.", "header", "Idempotency-Key", code="idempotency_key_reused")
-    except InDoubt:  # the row may be committed, and needs its file
+    except InDoubt:  # the row may be committed: only a file that certainly has no row is removed
         raise
     except Exception:  # not CancelledError, at the end of a shutdown's grace: a publisher may be at work on the file
         await run_in_threadpool(incoming.discard)
@@ -1066,7 +1067,7 @@ async def refresh(request: Request) -> Tokens:
         if session := await committed(service.db.rotate(used.sid, used.sub, used.jti)):
             request.state.username = session.username
             return tokens_of(service, session)
-        # The session has ended, or the token was used before: then somebody else may have its successor.
+        # The session has ended; or the token was used before, and somebody else may have its successor.
         if username := await committed(service.db.end_session(used.sid, used.sub)):
             log_event("token_reused", logging.WARNING, user=username, client=client_address(request))
     raise Problem("invalid_grant", "The refresh token is invalid, expired, revoked or was used before.")

@@ -263,7 +263,7 @@ def content_types(archive: zipfile.ZipFile) -> dict[str, str]:
         raise BadDocument("[Content_Types].xml has a DTD.")
 
     content = b"".join(unpacked(archive, types_entry, MAX_CONTENT_TYPES))
-    # OPC has these two encodings. A name of another one, however long, would stay in Python's memory.
+    # OPC has these two encodings. The name of any other, however long, would stay in Python's memory.
     parser = expat.ParserCreate("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
     parser.StartElementHandler = on_element
     parser.StartDoctypeDeclHandler = on_doctype
