@@ -223,7 +223,7 @@ class Database:
         finally:
             with contextlib.suppress(OSError):  # after a COMMIT it would say that the commit failed
                 fcntl.flock(lock_file, fcntl.LOCK_UN)  # a child of a fork may have the file open too
-                os.close(lock_file)
+            os.close(lock_file)
 
     def close(self) -> None:
         """Finishes what was submitted. Under the lock, since closing a connection checkpoints too."""

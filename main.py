@@ -386,8 +386,8 @@ class Exchange:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             MutableHeaders(raw=message["headers"]).setdefault("Cache-Control", "no-store")
-            message["headers"] += [(b"x-request-id", request_id_of_context.get().encode()),
-                                   (b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY")]
+            message["headers"] = [*message["headers"], (b"x-request-id", request_id_of_context.get().encode()),
+                                  (b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY")]
             if self.request_body_unread:
                 await asyncio.sleep(0)  # if uvicorn has closed the connection (malformed body), this lets it notice
         elif self.request_body_unread and not message.get("more_body", False):
@@ -803,6 +803,8 @@ class Workers:
             self._db.complete(run_id, document.document_id, result).result()
             log_run("process_completed", document, start)
         except ProcessingFailed as error:
+            if time.monotonic() > self._grace_end:  # the pipeline may have wrapped what `progress` raised
+                raise RunEnded from error
             self._db.fail(run_id, document.document_id, error.code, error.message, error.retryable).result()
             log_run("process_failed", document, start, failure=error.__cause__, error=error.code)
 
@@ -829,8 +831,6 @@ class Workers:
         except BadDocument as failure:
             raise ProcessingFailed("damaged_document", str(failure), retryable=False) from failure
         except BaseException as failure:  # even a sys.exit of the pipeline makes FAILED
-            if time.monotonic() > self._grace_end:  # the pipeline may have wrapped what `progress` raised
-                raise RunEnded from failure
             raise ProcessingFailed(
                 "pipeline_error", f"The pipeline failed: {type(failure).__name__}.", retryable=True) from failure
 
