@@ -2052,12 +2052,12 @@ def test_a_document_that_kills_its_process_ends_failed_and_the_service_stays_up(
     with odd_server(tmp_path, "gate", "--workers", "2", **settings) as server, server.client() as client:
         (tmp_path / "gate").touch()
         path = uploaded(client, PDF, "poison.pdf")
-        assert client.post(f"{path}/process").status_code == 202
+        with contextlib.suppress(httpx.TransportError):  # the process may die before it has answered
+            client.post(f"{path}/process")
 
         def failed() -> Any:
             with contextlib.suppress(httpx.TransportError):  # of a process that dies
-                status = client.get(f"{path}/status").json()
-                return status["status"] == "FAILED" and status
+                return (status := client.get(f"{path}/status").json())["status"] == "FAILED" and status
 
         status = until(failed)
         assert (status["attempts"], status["error"]["code"], status["error"]["retryable"]) == (2, "interrupted", True)
