@@ -20,7 +20,7 @@ ACCESS = "at+jwt"  # RFC 9068
 REFRESH = "rt+jwt"
 ISSUER = "document-lifecycle-api"
 
-# The one of OWASP's scrypt settings that takes 16 MiB. Each hash has its own in it, so new hashes may get others.
+# The one of OWASP's scrypt settings that takes 16 MiB. Each hash contains its settings, so later ones may have others.
 SCRYPT_N, SCRYPT_R, SCRYPT_P = 2**14, 8, 5
 
 COMPACT_JWS = re.compile(r"[\w-]{1,512}\.[\w-]{1,4096}\.[\w-]{1,512}", re.ASCII)

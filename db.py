@@ -59,8 +59,8 @@ CREATE TABLE results (
     result TEXT NOT NULL
 ) STRICT;
 """, """
-ALTER TABLE sessions ADD COLUMN previous_jti TEXT;  -- the one before it, which may be used again for a moment
-ALTER TABLE sessions ADD COLUMN rotated_at REAL NOT NULL DEFAULT 0;  -- when the current one was issued
+ALTER TABLE sessions ADD COLUMN previous_jti TEXT;  -- the refresh token before it, which may be used again for a moment
+ALTER TABLE sessions ADD COLUMN rotated_at REAL NOT NULL DEFAULT 0;  -- when the current refresh token was issued
 DROP TABLE IF EXISTS login_failures; DROP INDEX IF EXISTS documents_in_work;  -- older versions made both
 CREATE TABLE login_failures (name_hash TEXT NOT NULL, client TEXT NOT NULL, failed_at REAL NOT NULL) STRICT;
 CREATE INDEX login_failures_of ON login_failures (name_hash, client, failed_at);
@@ -221,7 +221,7 @@ class Database:
             fcntl.flock(lock_file, fcntl.LOCK_EX)
             yield
         finally:
-            with contextlib.suppress(OSError):  # after a COMMIT it would say that the commit failed
+            with contextlib.suppress(OSError):  # an error here would say that a commit failed
                 fcntl.flock(lock_file, fcntl.LOCK_UN)  # a child of a fork may have the file open too
             os.close(lock_file)
 

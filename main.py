@@ -1013,8 +1013,8 @@ def form_or_json(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def tokens_of(service: Service, session: Session) -> Tokens:
-    """A new access token, and the refresh token that is good now. Its text depends on the session alone, so refreshes
-    within REFRESH_GRACE get the same."""
+    """A new access token, and the current refresh token, whose text depends on the session alone, so refreshes within
+    REFRESH_GRACE get the same."""
     settings, ids = service.settings, (session.user_id, session.session_id)
     now, rotated_at, end = int(time.time()), int(session.rotated_at), int(session.expires_at)
     access = auth.Claims(*ids, str(uuid.uuid4()), now, min(now + settings.access_token_seconds, end))
