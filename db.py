@@ -15,12 +15,12 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from enum import StrEnum
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -104,15 +104,13 @@ class Status(StrEnum):
     FAILED = "FAILED"
 
 
-@dataclass(frozen=True)
-class User:
+class User(NamedTuple):
     user_id: str
     username: str
     password_hash: str
 
 
-@dataclass(frozen=True)
-class Session:
+class Session(NamedTuple):
     session_id: str
     user_id: str
     username: str
@@ -122,8 +120,7 @@ class Session:
     previous_jti: str | None = None  # of the token before it
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     document_id: str
     owner_id: str
     filename: str
@@ -143,7 +140,7 @@ class Document:
     idempotency_key: str | None = None
 
 
-COLUMNS = ", ".join(column.name for column in fields(Document))
+COLUMNS = ", ".join(Document._fields)
 
 
 def utc_now() -> str:
@@ -180,6 +177,7 @@ class Database:
         """Opens or creates the file. `sync` makes the files of new documents durable, before their commit; `keys` lists
         the stored files. Raises ValueError when the database is not ours or was lost; sqlite3.Error; OSError."""
         self._sync = sync
+        self.after_batch: Callable[[], None] = lambda: None  # called when the futures of a batch are done
         self._queue: SimpleQueue[Write] = SimpleQueue()
         self._closed, self._submitting = False, threading.Lock()
         self._lock_path = path.with_name(path.name + ".lock")
@@ -248,7 +246,7 @@ class Database:
         """One batch after the other: one sync of the files, one transaction, and then all futures."""
         batch: list[Write] = []
         while not (self._closed and self._queue.empty()):
-            batch = self._next_batch(expected=len(batch))
+            batch = self._next_batch(expected=sum(each.needs_sync for each in batch))
             self._sync_files([each for each in batch if each.needs_sync])
             self._commit_batch([each for each in batch if not each.error])
             for each in batch:
@@ -256,6 +254,7 @@ class Database:
                     each.future.set_exception(each.error)
                 else:
                     each.future.set_result(each.result)
+            self.after_batch()
 
     def _next_batch(self, expected: int) -> list[Write]:
         """Waits for a write, then up to 20 ms for as many as last time: clients that wrote together do so again."""
@@ -389,7 +388,7 @@ class Database:
             "SELECT session_id, user_id, username, expires_at, refresh_jti, rotated_at, previous_jti"
             " FROM sessions JOIN users USING (user_id) WHERE session_id = ? AND user_id = ?", (session_id, user_id)))
         if session and used_jti == session.refresh_jti:
-            session = replace(session, refresh_jti=str(uuid.uuid4()), rotated_at=now)
+            session = session._replace(refresh_jti=str(uuid.uuid4()), rotated_at=now)
             self._w.execute(
                 "UPDATE sessions SET previous_jti = ?, refresh_jti = ?, rotated_at = ? WHERE session_id = ?",
                 (used_jti, session.refresh_jti, now, session_id))
@@ -418,8 +417,7 @@ class Database:
         if known:
             self._w.execute("INSERT INTO deleted_files VALUES (?)", (new.document_id,))
             return known
-        values = tuple(vars(new).values())
-        self._w.execute(f"INSERT INTO documents ({COLUMNS}) VALUES ({', '.join('?' * len(values))})", values)
+        self._w.execute(f"INSERT INTO documents ({COLUMNS}) VALUES ({', '.join('?' * len(new))})", new)
         return new
 
     def _find(self, connection: sqlite3.Connection, where: str, *values: Any) -> Document | None:
@@ -489,8 +487,6 @@ class Database:
             "UPDATE users SET last_claim = (SELECT 1 + max(last_claim) FROM users) WHERE user_id = ("
             f"SELECT user_id FROM users WHERE EXISTS (SELECT 1 FROM documents WHERE {WAITING} AND owner_id = user_id)"
             " ORDER BY last_claim LIMIT 1) RETURNING user_id"))
-        if owner_id is None:
-            return None
         now = utc_now()
         return first(Document, self._w.execute(
             "UPDATE documents SET run_id = ?, beat_at = ?, attempts = attempts + 1, progress = 0, message = 'started',"

@@ -38,7 +38,7 @@ import traceback
 import unicodedata
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from email.errors import HeaderParseError
@@ -331,7 +331,7 @@ class RequestMiddleware:
     """What holds for every request: its id, its headers, its line in the log, `HEAD`, and the answer to its failure."""
 
     def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+        self.app, self.uuids = app, random_uuids()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -340,7 +340,7 @@ class RequestMiddleware:
         scope["headers"] = [header for header in scope["headers"] if header[0] != b"cookie"]
         start, request = time.perf_counter(), Request(scope)
         sent_id = re.fullmatch(r"[A-Za-z0-9._-]{1,64}", request.headers.get("x-request-id", ""))
-        request_id_of_context.set(sent_id[0] if sent_id else uuid.uuid4().hex)
+        request_id_of_context.set(sent_id[0] if sent_id else next(self.uuids))
         exchange = Exchange(request, receive, send)
         # uvicorn leaves out the body of an answer to HEAD by itself.
         inner_scope = {**scope, "method": "GET", "head": True} if request.method == "HEAD" else scope
@@ -407,6 +407,13 @@ class Exchange:
             await self._send({"type": "http.response.body"})
 
 
+def random_uuids() -> Iterator[str]:
+    """As `uuid.uuid4` makes them, but with one system call for 256, since each lets another thread take the GIL."""
+    while True:
+        block = os.urandom(4096)
+        yield from (str(uuid.UUID(bytes=block[start:start + 16], version=4)) for start in range(0, 4096, 16))
+
+
 def client_address(request: Request) -> str:
     return request.client.host if request.client else "unknown"
 
@@ -430,11 +437,36 @@ class Service:
         secret = settings.jwt_secret or secret_file(self.db, settings.data_dir / "jwt-secret").encode()
         self.signer = auth.TokenSigner(secret)
         self.publishers = ThreadPoolExecutor(self.storage.parallel, "publisher")
-        self.open_uploads = 0
+        self.open_uploads, self.uuids = 0, random_uuids()
+        self._loop, self._done = asyncio.get_running_loop(), list[asyncio.Event]()  # see `committed`
+        self.db.after_batch = self.wake_loop
         self.password_checks = asyncio.Semaphore(2)  # scrypt takes 16 MiB and a processor
         self.logins: list[str] = []  # the throttle key of each that is under way
-        self.workers = Workers(self.db, self.storage, pipeline or functools.partial(
-            simulated_pipeline, seconds=settings.process_seconds), settings)
+        self.workers = Workers(self, pipeline or functools.partial(
+            simulated_pipeline, seconds=settings.process_seconds))
+
+    async def committed(self, write: Future[T], extra_seconds: float = 0) -> T:
+        """What a write to the database returned, once it is on disk. Raises InDoubt when that takes too long: it will
+        be written all the same, as soon as that is possible. (`asyncio.wrap_future` would cancel it.)"""
+        done = asyncio.Event()
+        write.add_done_callback(lambda _: self._done.append(done))
+        try:
+            async with asyncio.timeout(WRITE_SECONDS + extra_seconds):
+                if not write.done():
+                    await done.wait()
+        except TimeoutError:
+            raise InDoubt("the write took too long") from None
+        return write.result()
+
+    def wake_loop(self) -> None:
+        """Ends the waiting of `committed` for all writes that are done. The committer calls it once for a batch, since
+        each call lets another thread take the GIL."""
+        def set_events() -> None:
+            while self._done:
+                self._done.pop().set()
+
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(set_events)
 
     async def add_first_user(self) -> None:
         """Adds the administrator where there is no user at all."""
@@ -442,7 +474,7 @@ class Service:
             return
         name, file = self.settings.admin_username, self.settings.data_dir / "initial-password"
         password = self.settings.admin_password or secret_file(self.db, file)
-        if await committed(self.db.add_first_user(name, auth.hash_password(password))):
+        if await self.committed(self.db.add_first_user(name, auth.hash_password(password))):
             source = "DOCS_ADMIN_PASSWORD" if self.settings.admin_password else str(file)
             log_event("first_user_added", user=name, password_is_in=source)
 
@@ -458,7 +490,7 @@ class Service:
             log_event("storage_error", logging.ERROR, failure=failure)
         if removed:
             await run_in_threadpool(self.storage.sync)
-            await committed(self.db.forget_files(removed))
+            await self.committed(self.db.forget_files(removed))
 
     def close(self) -> None:
         """Finishes the uploads and writes that were begun."""
@@ -486,19 +518,6 @@ def secret_file(db: Database, path: Path) -> str:
                 os.fsync(file.fileno())
             fsync_folder(path.parent)
         return path.read_text().strip()
-
-
-async def committed(future: Future[T], extra_seconds: float = 0) -> T:
-    """What a write to the database returned, once it is on disk. Raises InDoubt when that takes too long: the write
-    happens all the same, as soon as it can. (`asyncio.wrap_future` would cancel it.)"""
-    done, loop = asyncio.Event(), asyncio.get_running_loop()
-    future.add_done_callback(lambda _: loop.call_soon_threadsafe(done.set))
-    try:
-        async with asyncio.timeout(WRITE_SECONDS + extra_seconds):
-            await done.wait()
-    except TimeoutError:
-        raise InDoubt("the write took too long") from None
-    return future.result()
 
 
 def service_of(request: Request) -> Service:
@@ -691,10 +710,11 @@ async def store(service: Service, incoming: Incoming, owner_id: str, idempotency
                 incoming.sha256.hexdigest(), Status.UPLOADED, now, now, idempotency_key=idempotency_key), stored)
         except BaseException as error:
             stored.set_exception(error)
+            service.wake_loop()
 
     service.publishers.submit(publish_and_submit)
     # Many uploads that end at once wait for each other, on a slow disk longer than other writes wait.
-    return await committed(stored, extra_seconds=4 * WRITE_SECONDS + incoming.size / SLOWEST_STORAGE)
+    return await service.committed(stored, extra_seconds=4 * WRITE_SECONDS + incoming.size / SLOWEST_STORAGE)
 
 
 # Processing
@@ -740,9 +760,10 @@ class Workers:
     calls it each second while documents wait, so nothing depends on the process that took the request.
     """
 
-    def __init__(self, db: Database, storage: Storage, pipeline: Pipeline, settings: Settings) -> None:
-        self._db, self._storage, self._pipeline, self._settings = db, storage, pipeline, settings
-        self._pool = ThreadPoolExecutor(settings.process_workers, "worker")
+    def __init__(self, service: Service, pipeline: Pipeline) -> None:
+        self._db, self._storage, self._settings = service.db, service.storage, service.settings
+        self._committed, self._pipeline = service.committed, pipeline
+        self._pool = ThreadPoolExecutor(self._settings.process_workers, "worker")
         self._busy: set[str] = set()  # the run id of each busy thread, from before its claim on
         self.stopping, self._grace_end = False, math.inf  # by time.monotonic()
 
@@ -767,7 +788,7 @@ class Workers:
 
     async def look_after_runs(self) -> None:
         """Gives a sign of life for the runs of this process, ends runs whose process gives none, and wakes threads."""
-        taken_over = await committed(self._db.renew_and_take_over(
+        taken_over = await self._committed(self._db.renew_and_take_over(
             list(self._busy), self._settings.lease_seconds, self._settings.max_attempts))
         for document in taken_over:
             event = "process_failed" if document.status == Status.FAILED else "process_requeued"
@@ -871,7 +892,7 @@ async def upload(request: Request) -> Response:
     idempotency_key = request.headers.get("idempotency-key")
     if idempotency_key is not None and not re.fullmatch(IDEMPOTENCY_KEY, idempotency_key):
         raise validation_error("Use 1 to 128 visible ASCII characters.", "header", "Idempotency-Key")
-    document_id = str(uuid.uuid4())
+    document_id = next(service.uuids)
     incoming = Incoming(service.storage, document_id)
     service.open_uploads += 1
     try:
@@ -926,7 +947,7 @@ async def process(document_id: uuid.UUID, request: Request, response: Response, 
     """Idempotent: however many calls come, an UPLOADED or FAILED document is queued once. Errors: `not_found`,
     `queue_full`."""
     service, request_id = service_of(request), request_id_of_context.get()
-    document = or_404(await committed(service.db.enqueue(
+    document = or_404(await service.committed(service.db.enqueue(
         str(document_id), user.user_id, request_id, service.settings.max_queue)))
     if document.status in (Status.UPLOADED, Status.FAILED):  # only a full queue leaves it so
         raise Problem("queue_full")
@@ -997,7 +1018,8 @@ async def get_file(document: OwnDocument, request: Request) -> Response:
                response_class=Response)
 async def delete(document_id: uuid.UUID, request: Request, user: CurrentUser) -> None:
     """Removes document, file and result, also while it is being processed. Error: `not_found`."""
-    if not await committed(service_of(request).db.delete(str(document_id), user.user_id)):
+    service = service_of(request)
+    if not await service.committed(service.db.delete(str(document_id), user.user_id)):
         raise Problem("not_found")
     log_event("deleted", document_id=str(document_id))
 
@@ -1042,7 +1064,7 @@ async def login(request: Request) -> Tokens:
             service.db.check_throttle(name_hash, throttle_key)
             right = await asyncio.to_thread(  # not in `run_in_threadpool`, whose threads may all wait for the storage
                 auth.verify_password, sent.password, user.password_hash if user else None)
-            session = await committed(service.db.record_login(user if right else None, name_hash, throttle_key))
+            session = await service.committed(service.db.record_login(user if right else None, name_hash, throttle_key))
     except Throttled:
         log_event("login_throttled", logging.WARNING, user=name, client=client)
         raise
@@ -1064,11 +1086,11 @@ async def refresh(request: Request) -> Tokens:
     service, sent = service_of(request), await read_fields(request, RefreshToken)
     with contextlib.suppress(auth.InvalidToken):
         used = service.signer.verify(auth.REFRESH, sent.refresh_token)
-        if session := await committed(service.db.rotate(used.sid, used.sub, used.jti)):
+        if session := await service.committed(service.db.rotate(used.sid, used.sub, used.jti)):
             request.state.username = session.username
             return tokens_of(service, session)
         # The session has ended; or the token was used before, and somebody else may have its successor.
-        if username := await committed(service.db.end_session(used.sid, used.sub)):
+        if username := await service.committed(service.db.end_session(used.sid, used.sub)):
             log_event("token_reused", logging.WARNING, user=username, client=client_address(request))
     raise Problem("invalid_grant", "The refresh token is invalid, expired, revoked or was used before.")
 
@@ -1080,7 +1102,7 @@ async def logout(request: Request) -> None:
     service, sent = service_of(request), await read_fields(request, RefreshToken)
     with contextlib.suppress(auth.InvalidToken):  # 204 all the same (RFC 7009, 2.2)
         claims = service.signer.verify(auth.REFRESH, sent.refresh_token, allow_expired=True)
-        if username := await committed(service.db.end_session(claims.sid, claims.sub)):
+        if username := await service.committed(service.db.end_session(claims.sid, claims.sub)):
             log_event("logged_out", user=username, client=client_address(request))
 
 
@@ -1093,8 +1115,9 @@ async def healthz() -> Health:
 @router.get("/readyz", tags=["health"], summary="Can documents be taken?")
 async def readyz(request: Request) -> Health:
     """Writes to the database and to the file store. Error: `unavailable`."""
-    await run_in_threadpool(service_of(request).storage.check)
-    await committed(service_of(request).db.check_writable())
+    service = service_of(request)
+    await run_in_threadpool(service.storage.check)
+    await service.committed(service.db.check_writable())
     return Health()
 
 
