@@ -184,13 +184,13 @@ class Database:
         with self.lock():
             version = self._usable_version(path, keys)
             path.touch(0o600)  # SQLite gives its other files the same mode
-            self._w, self._r = (sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
-                                for _ in range(2))
+            self._writer, self._reader = (
+                sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False) for _ in range(2))
             for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "temp_store = MEMORY"):
-                self._w.execute(f"PRAGMA {pragma}")
+                self._writer.execute(f"PRAGMA {pragma}")
             if version < len(MIGRATIONS):
-                self._w.executescript(f"BEGIN IMMEDIATE; {''.join(MIGRATIONS[version:])}"
-                                      f" PRAGMA user_version = {len(MIGRATIONS)}; COMMIT;")
+                self._writer.executescript(f"BEGIN IMMEDIATE; {''.join(MIGRATIONS[version:])}"
+                                           f" PRAGMA user_version = {len(MIGRATIONS)}; COMMIT;")
         self._committer = threading.Thread(target=self._commit_forever, name="committer", daemon=True)
         self._committer.start()
 
@@ -230,8 +230,8 @@ class Database:
         self._queue.put(Write(lambda: None))  # wakes the committer
         self._committer.join()
         with self.lock():
-            self._r.close()
-            self._w.close()
+            self._reader.close()
+            self._writer.close()
 
     # The committer
 
@@ -257,7 +257,7 @@ class Database:
             self.after_batch()
 
     def _next_batch(self, expected: int) -> list[Write]:
-        """Waits for a write, then up to 20 ms for as many as last time: clients that wrote together do so again."""
+        """Waits for a write, then up to 20 ms for as many uploads as last time: their clients may upload again."""
         new, end = self._queue.get(), time.monotonic() + 0.02
         while 1 + self._queue.qsize() < expected and time.monotonic() < end:
             time.sleep(0.001)
@@ -274,8 +274,8 @@ class Database:
 
     def _commit_batch(self, batch: list[Write]) -> None:
         try:
-            with self.lock(), self._w:  # rolls back after an exception
-                self._w.execute("BEGIN IMMEDIATE")
+            with self.lock(), self._writer:  # rolls back after an exception
+                self._writer.execute("BEGIN IMMEDIATE")
                 for each in batch:
                     self._apply(each)
                 self._commit()
@@ -285,19 +285,19 @@ class Database:
 
     def _apply(self, each: Write) -> None:
         """Runs the operation. When it breaks, it is undone alone."""
-        self._w.execute("SAVEPOINT operation")
+        self._writer.execute("SAVEPOINT operation")
         try:
             each.result = each.operation()
         except Exception as error:
-            if not self._w.in_transaction:  # SQLite has rolled back the whole batch, as when the disk is full
+            if not self._writer.in_transaction:  # SQLite has rolled back the whole batch, as when the disk is full
                 raise
             each.error = error
-            self._w.execute("ROLLBACK TO operation")
-        self._w.execute("RELEASE operation")
+            self._writer.execute("ROLLBACK TO operation")
+        self._writer.execute("RELEASE operation")
 
     def _commit(self) -> None:
         try:
-            self._w.execute("COMMIT")
+            self._writer.execute("COMMIT")
         except sqlite3.Error as error:
             if error.sqlite_errorcode == sqlite3.SQLITE_FULL:  # nothing was committed
                 raise
@@ -306,49 +306,49 @@ class Database:
     @write
     def check_writable(self) -> None:
         """Writes a row as it is. Raises sqlite3.Error when nothing can be written now."""
-        self._w.execute("UPDATE users SET username = username WHERE rowid = (SELECT min(rowid) FROM users)")
+        self._writer.execute("UPDATE users SET username = username WHERE rowid = (SELECT min(rowid) FROM users)")
 
     # Users and sessions
 
     def user(self, username: str) -> User | None:
-        return first(User, self._r.execute(
+        return first(User, self._reader.execute(
             "SELECT user_id, username, password_hash FROM users WHERE username = ?", (username,)))
 
     def session_user(self, session_id: str, user_id: str) -> User | None:
         """None unless that user has this session and it has not ended."""
-        return first(User, self._r.execute(
+        return first(User, self._reader.execute(
             "SELECT user_id, username, password_hash FROM sessions JOIN users USING (user_id)"
             " WHERE session_id = ? AND user_id = ? AND expires_at > ?", (session_id, user_id, time.time())))
 
     def has_users(self) -> bool:
-        return self._r.execute("SELECT 1 FROM users LIMIT 1").fetchone() is not None
+        return self._reader.execute("SELECT 1 FROM users LIMIT 1").fetchone() is not None
 
     @write
     def add_first_user(self, username: str, password_hash: str) -> bool:
         """Whether it was added: only where there is no user at all."""
-        return self._w.execute(
+        return self._writer.execute(
             "INSERT INTO users SELECT ?, ?, ?, 0 WHERE NOT EXISTS (SELECT 1 FROM users)",
             (str(uuid.uuid4()), username, password_hash)).rowcount == 1
 
     @write
     def set_user(self, username: str, password_hash: str) -> None:
         """Adds the user, or sets a new password and ends that user's sessions."""
-        self._w.execute(
+        self._writer.execute(
             "INSERT INTO users VALUES (?, ?, ?, 0)"
             " ON CONFLICT (username) DO UPDATE SET password_hash = excluded.password_hash",
             (str(uuid.uuid4()), username, password_hash))
-        self._w.execute(
+        self._writer.execute(
             "DELETE FROM sessions WHERE user_id = (SELECT user_id FROM users WHERE username = ?)", (username,))
 
     @write
     def remove_user(self, username: str) -> bool:
         """Removes the user with sessions and documents, whose files the trigger lists. False: there is no such user."""
-        return self._w.execute("DELETE FROM users WHERE username = ?", (username,)).rowcount == 1
+        return self._writer.execute("DELETE FROM users WHERE username = ?", (username,)).rowcount == 1
 
     def check_throttle(self, name_hash: str, client: str, connection: sqlite3.Connection | None = None) -> None:
         """Raises Throttled when too many logins with this name from this address have failed."""
         now = time.time()
-        failures = (connection or self._r).execute(
+        failures = (connection or self._reader).execute(
             "SELECT failed_at FROM login_failures WHERE name_hash = ? AND client = ? AND failed_at BETWEEN ? AND ?"
             " ORDER BY failed_at DESC LIMIT ?",
             (name_hash, client, now - FAILURE_WINDOW, now, FAILURE_LIMIT)).fetchall()
@@ -359,21 +359,21 @@ class Database:
     def record_login(self, user: User | None, name_hash: str, client: str) -> Session | None:
         """Opens a session for a user whose password was right; `user=None` records a failed login. Raises Throttled
         too, since parallel guesses may have passed `check_throttle` together."""
-        self.check_throttle(name_hash, client, self._w)
+        self.check_throttle(name_hash, client, self._writer)
         now = time.time()
         if user is None:
-            self._w.execute(
+            self._writer.execute(
                 "DELETE FROM login_failures WHERE failed_at < ? OR failed_at > ?", (now - FAILURE_WINDOW, now))
-            self._w.execute("INSERT INTO login_failures VALUES (?, ?, ?)", (name_hash, client, now))
+            self._writer.execute("INSERT INTO login_failures VALUES (?, ?, ?)", (name_hash, client, now))
             return None
         new = Session(
             str(uuid.uuid4()), user.user_id, user.username, now + SESSION_SECONDS, str(uuid.uuid4()), now)
-        opened = self._w.execute(
+        opened = self._writer.execute(
             "INSERT INTO sessions (session_id, user_id, refresh_jti, rotated_at, expires_at)"
             " SELECT ?, user_id, ?, ?, ? FROM users WHERE user_id = ? AND password_hash = ?",
             (new.session_id, new.refresh_jti, now, new.expires_at, user.user_id, user.password_hash)).rowcount
-        self._w.execute("DELETE FROM login_failures WHERE name_hash = ? AND client = ?", (name_hash, client))
-        self._w.execute(
+        self._writer.execute("DELETE FROM login_failures WHERE name_hash = ? AND client = ?", (name_hash, client))
+        self._writer.execute(
             "DELETE FROM sessions WHERE expires_at < ? OR (user_id = ? AND rowid NOT IN"
             " (SELECT rowid FROM sessions WHERE user_id = ? ORDER BY rowid DESC LIMIT ?))",
             (now, user.user_id, user.user_id, MAX_SESSIONS))
@@ -384,12 +384,12 @@ class Database:
         """Uses a refresh token, returns the session as it is then. The current token gets a successor, and is kept as
         the previous token; the previous token, within REFRESH_GRACE, changes nothing. None for any other token."""
         now = time.time()
-        session = first(Session, self._w.execute(
+        session = first(Session, self._writer.execute(
             "SELECT session_id, user_id, username, expires_at, refresh_jti, rotated_at, previous_jti"
             " FROM sessions JOIN users USING (user_id) WHERE session_id = ? AND user_id = ?", (session_id, user_id)))
         if session and used_jti == session.refresh_jti:
             session = session._replace(refresh_jti=str(uuid.uuid4()), rotated_at=now)
-            self._w.execute(
+            self._writer.execute(
                 "UPDATE sessions SET previous_jti = ?, refresh_jti = ?, rotated_at = ? WHERE session_id = ?",
                 (used_jti, session.refresh_jti, now, session_id))
             return session
@@ -400,7 +400,7 @@ class Database:
     @write
     def end_session(self, session_id: str, user_id: str) -> str | None:
         """The name of the user whose session has ended now; None when there was no such session."""
-        return first(str, self._w.execute(
+        return first(str, self._writer.execute(
             "DELETE FROM sessions WHERE session_id = ? AND user_id = ? RETURNING"
             " (SELECT username FROM users WHERE users.user_id = sessions.user_id)", (session_id, user_id)))
 
@@ -413,18 +413,18 @@ class Database:
 
     def _add_document(self, new: Document) -> Document:
         known = None if new.idempotency_key is None else self._find(
-            self._w, "owner_id = ? AND idempotency_key = ?", new.owner_id, new.idempotency_key)
+            self._writer, "owner_id = ? AND idempotency_key = ?", new.owner_id, new.idempotency_key)
         if known:
-            self._w.execute("INSERT INTO deleted_files VALUES (?)", (new.document_id,))
+            self._writer.execute("INSERT INTO deleted_files VALUES (?)", (new.document_id,))
             return known
-        self._w.execute(f"INSERT INTO documents ({COLUMNS}) VALUES ({', '.join('?' * len(new))})", new)
+        self._writer.execute(f"INSERT INTO documents ({COLUMNS}) VALUES ({', '.join('?' * len(new))})", new)
         return new
 
     def _find(self, connection: sqlite3.Connection, where: str, *values: Any) -> Document | None:
         return first(Document, connection.execute(f"SELECT {COLUMNS} FROM documents WHERE {where}", values))
 
     def document(self, document_id: str, owner_id: str) -> Document | None:
-        return self._find(self._r, "document_id = ? AND owner_id = ?", document_id, owner_id)
+        return self._find(self._reader, "document_id = ? AND owner_id = ?", document_id, owner_id)
 
     def documents(self, owner_id: str, limit: int, status: Status | None, before: Sequence[str]) -> list[Document]:
         """Newest first, starting after `before` (created_at and document_id, or empty): an index seek, however long the
@@ -434,23 +434,23 @@ class Database:
             where, values = f"{where} AND status = ?", [*values, status]
         if before:
             where, values = f"{where} AND (created_at, document_id) < (?, ?)", [*values, *before]
-        rows = self._r.execute(
+        rows = self._reader.execute(
             f"SELECT {COLUMNS} FROM documents WHERE {where} ORDER BY created_at DESC, document_id DESC LIMIT ?",
             (*values, limit))
         return [Document(*row) for row in rows]
 
     def document_ids(self) -> set[str]:
-        return {document_id for (document_id,) in self._r.execute("SELECT document_id FROM documents")}
+        return {document_id for (document_id,) in self._reader.execute("SELECT document_id FROM documents")}
 
     @write
     def delete(self, document_id: str, owner_id: str) -> bool:
         """Whether there was such a document. The trigger `document_deleted` lists its file in `deleted_files`."""
-        return self._w.execute(
+        return self._writer.execute(
             "DELETE FROM documents WHERE document_id = ? AND owner_id = ?", (document_id, owner_id)).rowcount == 1
 
     def deleted_files(self, limit: int = -1) -> list[str]:  # to SQLite, -1 is no limit
         """Ids whose files are to go, from a random one on, so that a file that can't be removed holds up no others."""
-        rows = self._r.execute(
+        rows = self._reader.execute(
             "SELECT document_id FROM deleted_files WHERE document_id >= :start UNION ALL"
             " SELECT document_id FROM deleted_files WHERE document_id < :start LIMIT :limit",
             {"start": str(uuid.uuid4()), "limit": limit})
@@ -458,11 +458,11 @@ class Database:
 
     @write
     def forget_files(self, document_ids: Sequence[str]) -> None:
-        self._w.executemany("DELETE FROM deleted_files WHERE document_id = ?", [(each,) for each in document_ids])
+        self._writer.executemany("DELETE FROM deleted_files WHERE document_id = ?", [(each,) for each in document_ids])
 
     def result(self, document_id: str) -> str | None:
         """What the pipeline returned, as JSON; None when the document is not COMPLETED or has just been deleted."""
-        return first(str, self._r.execute("SELECT result FROM results WHERE document_id = ?", (document_id,)))
+        return first(str, self._reader.execute("SELECT result FROM results WHERE document_id = ?", (document_id,)))
 
     # The queue: PROCESSING without a run_id waits for a worker
 
@@ -471,24 +471,24 @@ class Database:
         """Lets an UPLOADED or FAILED document wait for a run. Returns the document, which is unchanged when `max_queue`
         documents of the owner wait already; None when there is no such document."""
         now = utc_now()
-        queued = first(Document, self._w.execute(
+        queued = first(Document, self._writer.execute(
             "UPDATE documents SET status = 'PROCESSING', request_id = ?, queued_at = ?, updated_at = ?,"
             " attempts = 0, progress = 0, message = 'waiting for a worker', started_at = NULL, finished_at = NULL,"
             " error = NULL WHERE document_id = ? AND owner_id = ? AND status IN ('UPLOADED', 'FAILED')"
             f" AND (SELECT count(*) FROM documents WHERE {WAITING} AND owner_id = ?) < ? RETURNING {COLUMNS}",
             (request_id, now, now, document_id, owner_id, owner_id, max_queue)))
-        return queued or self._find(self._w, "document_id = ? AND owner_id = ?", document_id, owner_id)
+        return queued or self._find(self._writer, "document_id = ? AND owner_id = ?", document_id, owner_id)
 
     @write
     def claim(self, run_id: str) -> Document | None:
         """Assigns a waiting document to this new run and counts the attempt; None when nothing waits. Owners take
         turns: it is the oldest document of the owner whose last claim is the longest ago."""
-        owner_id = first(str, self._w.execute(
+        owner_id = first(str, self._writer.execute(
             "UPDATE users SET last_claim = (SELECT 1 + max(last_claim) FROM users) WHERE user_id = ("
             f"SELECT user_id FROM users WHERE EXISTS (SELECT 1 FROM documents WHERE {WAITING} AND owner_id = user_id)"
             " ORDER BY last_claim LIMIT 1) RETURNING user_id"))
         now = utc_now()
-        return first(Document, self._w.execute(
+        return first(Document, self._writer.execute(
             "UPDATE documents SET run_id = ?, beat_at = ?, attempts = attempts + 1, progress = 0, message = 'started',"
             " started_at = ?, updated_at = ? WHERE document_id = (SELECT document_id FROM documents"
             f" WHERE {WAITING} AND owner_id = ? ORDER BY queued_at LIMIT 1) RETURNING {COLUMNS}",
@@ -503,7 +503,7 @@ class Database:
         self._update_run(
             run_id, document_id, "status = 'COMPLETED', run_id = NULL, progress = 100, message = 'completed',"
             " finished_at = ?", utc_now())
-        self._w.execute("INSERT INTO results VALUES (?, ?)", (document_id, result))
+        self._writer.execute("INSERT INTO results VALUES (?, ?)", (document_id, result))
 
     @write
     def fail(self, run_id: str, document_id: str, code: str, message: str, retryable: bool) -> None:
@@ -514,33 +514,36 @@ class Database:
 
     def _update_run(self, run_id: str, document_id: str, assignments: str, *values: Any) -> None:
         """Raises RunEnded, and writes nothing, unless the document still belongs to this run."""
-        if not self._w.execute(
+        if not self._writer.execute(
                 f"UPDATE documents SET {assignments}, updated_at = ? WHERE document_id = ? AND run_id = ?",
                 (*values, utc_now(), document_id, run_id)).rowcount:
             raise RunEnded
 
     @write
-    def renew_and_take_over(self, run_ids: Sequence[str], lease: float, max_attempts: int) -> list[Document]:
-        """Records a sign of life for these runs. Ends all runs whose last sign is more than a lease ago, or ahead (the
-        clock was set back): their documents, which are returned, wait again, or are FAILED after the last attempt."""
-        now = time.time()
-        self._w.execute(
+    def renew(self, run_ids: Sequence[str]) -> None:
+        """Records a sign of life for these runs."""
+        self._writer.execute(
             f"UPDATE documents SET beat_at = ? WHERE {RUNNING} AND run_id IN (SELECT value FROM json_each(?))",
-            (now, json.dumps(run_ids)))
-        lost = f"{RUNNING} AND beat_at NOT BETWEEN :oldest AND :latest"
-        values = {"oldest": now - lease, "latest": now + lease, "max_attempts": max_attempts, "stamp": utc_now(),
+            (time.time(), json.dumps(run_ids)))
+
+    @write
+    def take_over(self, lease: float, max_attempts: int) -> list[Document]:
+        """Ends all runs whose last sign of life is more than a lease ago, or ahead (the clock was set back). Returns
+        their documents, which wait again, or are FAILED after the last attempt."""
+        lost = f"{RUNNING} AND beat_at NOT BETWEEN :now - :lease AND :now + :lease"
+        values = {"now": time.time(), "stamp": utc_now(), "lease": lease, "max_attempts": max_attempts,
                   "message": INTERRUPTED["message"], "error": json.dumps(INTERRUPTED)}
-        failed = self._w.execute(
+        failed = self._writer.execute(
             "UPDATE documents SET status = 'FAILED', run_id = NULL, message = :message, error = :error,"
             f" finished_at = :stamp, updated_at = :stamp WHERE {lost} AND attempts >= :max_attempts"
             f" RETURNING {COLUMNS}", values).fetchall()
-        requeued = self._w.execute(
+        requeued = self._writer.execute(
             "UPDATE documents SET run_id = NULL, progress = 0, started_at = NULL, message = 'waiting for a worker',"
             f" updated_at = :stamp WHERE {lost} AND attempts < :max_attempts RETURNING {COLUMNS}", values).fetchall()
         # For a clock that was set back: later requests would be processed before these.
-        self._w.execute(f"UPDATE documents SET queued_at = :stamp WHERE {WAITING} AND queued_at > :stamp", values)
+        self._writer.execute(f"UPDATE documents SET queued_at = :stamp WHERE {WAITING} AND queued_at > :stamp", values)
         return [Document(*row) for row in failed + requeued]
 
     def waiting(self, most: int) -> int:
         """How many documents wait for a run; counts up to `most`."""
-        return len(self._r.execute(f"SELECT 1 FROM documents WHERE {WAITING} LIMIT ?", (most,)).fetchall())
+        return len(self._reader.execute(f"SELECT 1 FROM documents WHERE {WAITING} LIMIT ?", (most,)).fetchall())

@@ -788,9 +788,9 @@ class Workers:
 
     async def look_after_runs(self) -> None:
         """Gives a sign of life for the runs of this process, ends runs whose process gives none, and wakes threads."""
-        taken_over = await self._committed(self._db.renew_and_take_over(
-            list(self._busy), self._settings.lease_seconds, self._settings.max_attempts))
-        for document in taken_over:
+        await self._committed(self._db.renew(list(self._busy)))
+        for document in await self._committed(self._db.take_over(
+                self._settings.lease_seconds, self._settings.max_attempts)):
             event = "process_failed" if document.status == Status.FAILED else "process_requeued"
             log_run(event, document, error="interrupted")
         for _ in range(self._db.waiting(self._settings.process_workers)):
