@@ -2,8 +2,8 @@
 
 One thread writes, the committer. It commits all writes that wait in one transaction (group commit): the more writes
 wait, the fewer fsyncs each pays for. A method marked `@write` runs in the committer and returns a Future that is done
-once the commit is on disk; `add_document` has that Future as an argument. All other queries read, in the thread of
-their caller (the event loop), over a second connection, and never wait for writers (WAL)."""
+once the commit is on disk. All other queries read, in the thread of their caller (the event loop), over a second
+connection, and never wait for writers (WAL)."""
 import contextlib
 import fcntl
 import functools
@@ -281,7 +281,7 @@ class Database:
                 self._commit()
         except BaseException as error:
             for each in batch:
-                each.error = error
+                each.error = each.error or error
 
     def _apply(self, each: Write) -> None:
         """Runs the operation. When it breaks, it is undone alone."""
@@ -393,9 +393,8 @@ class Database:
                 "UPDATE sessions SET previous_jti = ?, refresh_jti = ?, rotated_at = ? WHERE session_id = ?",
                 (used_jti, session.refresh_jti, now, session_id))
             return session
-        if session and used_jti == session.previous_jti and abs(now - session.rotated_at) < REFRESH_GRACE:
-            return session
-        return None
+        in_grace = session and used_jti == session.previous_jti and abs(now - session.rotated_at) < REFRESH_GRACE
+        return session if in_grace else None
 
     @write
     def end_session(self, session_id: str, user_id: str) -> str | None:
@@ -406,10 +405,12 @@ class Database:
 
     # Documents
 
-    def add_document(self, new: Document, stored: Future[Document]) -> None:
-        """Adds the document of a published file. The result of `stored` is this document; or the document that the
+    def add_document(self, published: Future[Document]) -> Future[Document]:
+        """Adds this document as soon as its file is published. The result is this document; or the document that the
         owner uploaded under the same Idempotency-Key before, and then the new file is listed for removal."""
-        self._submit(Write(functools.partial(self._add_document, new), stored, needs_sync=True))
+        new = Write(lambda: self._add_document(published.result()), needs_sync=True)
+        published.add_done_callback(lambda _: self._submit(new))
+        return new.future
 
     def _add_document(self, new: Document) -> Document:
         known = None if new.idempotency_key is None else self._find(
@@ -507,10 +508,9 @@ class Database:
 
     @write
     def fail(self, run_id: str, document_id: str, code: str, message: str, retryable: bool) -> None:
-        error = json.dumps({"code": code, "message": message, "retryable": retryable})
         self._update_run(
             run_id, document_id, "status = 'FAILED', run_id = NULL, message = ?, error = ?, finished_at = ?",
-            message, error, utc_now())
+            message, json.dumps({"code": code, "message": message, "retryable": retryable}), utc_now())
 
     def _update_run(self, run_id: str, document_id: str, assignments: str, *values: Any) -> None:
         """Raises RunEnded, and writes nothing, unless the document still belongs to this run."""

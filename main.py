@@ -697,24 +697,18 @@ async def receive_file(request: Request, incoming: Incoming) -> None:
 
 
 async def store(service: Service, incoming: Incoming, owner_id: str, idempotency_key: str | None) -> Document:
-    """Returns the document (see `add_document`) when file and row are on disk. A publisher thread publishes the file
-    and submits the row, then takes the next file: the committer sets the result of `stored`, for many rows at once."""
-    stored: Future[Document] = Future()
+    """Returns the document (see `add_document`) when file and row are on disk. A publisher thread is free for the next
+    file as soon as this one is published: then the row waits for the committer."""
+    def publish() -> Document:
+        incoming.finish()
+        now = utc_now()
+        return Document(
+            incoming.key, owner_id, incoming.filename, incoming.media_type, incoming.size, incoming.sha256.hexdigest(),
+            Status.UPLOADED, now, now, idempotency_key=idempotency_key)
 
-    def publish_and_submit() -> None:
-        try:
-            incoming.finish()
-            now = utc_now()
-            service.db.add_document(Document(
-                incoming.key, owner_id, incoming.filename, incoming.media_type, incoming.size,
-                incoming.sha256.hexdigest(), Status.UPLOADED, now, now, idempotency_key=idempotency_key), stored)
-        except BaseException as error:
-            stored.set_exception(error)
-            service.wake_loop()
-
-    service.publishers.submit(publish_and_submit)
+    added = service.db.add_document(service.publishers.submit(publish))
     # Many uploads that end at once wait for each other, on a slow disk longer than other writes wait.
-    return await service.committed(stored, extra_seconds=4 * WRITE_SECONDS + incoming.size / SLOWEST_STORAGE)
+    return await service.committed(added, extra_seconds=4 * WRITE_SECONDS + incoming.size / SLOWEST_STORAGE)
 
 
 # Processing
