@@ -115,5 +115,5 @@ def throttle_key(host: str) -> str:
     with contextlib.suppress(ValueError):
         address = ipaddress.ip_address(host)
         if isinstance(address, ipaddress.IPv6Address):
-            return str(address.ipv4_mapped or ipaddress.ip_network((int(address), 64), strict=False))
+            return str(address.ipv4_mapped or ipaddress.IPv6Network((int(address), 64), strict=False))
     return host

@@ -257,7 +257,7 @@ class Database:
             self.after_batch()
 
     def _next_batch(self, expected: int) -> list[Write]:
-        """Waits for a write, then up to 20 ms for as many uploads as last time: their clients may upload again."""
+        """Waits for a write, then up to 20 ms for as many as were uploads last time: their clients may upload again."""
         new, end = self._queue.get(), time.monotonic() + 0.02
         while 1 + self._queue.qsize() < expected and time.monotonic() < end:
             time.sleep(0.001)
@@ -487,7 +487,7 @@ class Database:
         owner_id = first(str, self._writer.execute(
             "UPDATE users SET last_claim = (SELECT 1 + max(last_claim) FROM users) WHERE user_id = ("
             f"SELECT user_id FROM users WHERE EXISTS (SELECT 1 FROM documents WHERE {WAITING} AND owner_id = user_id)"
-            " ORDER BY last_claim LIMIT 1) RETURNING user_id"))
+            " ORDER BY last_claim LIMIT 1) RETURNING user_id"))  # None, which no document has, when nothing waits
         now = utc_now()
         return first(Document, self._writer.execute(
             "UPDATE documents SET run_id = ?, beat_at = ?, attempts = attempts + 1, progress = 0, message = 'started',"

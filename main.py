@@ -438,8 +438,8 @@ class Service:
         self.signer = auth.TokenSigner(secret)
         self.publishers = ThreadPoolExecutor(self.storage.parallel, "publisher")
         self.open_uploads, self.uuids = 0, random_uuids()
-        self._loop, self._done = asyncio.get_running_loop(), list[asyncio.Event]()  # see `committed`
-        self.db.after_batch = self.wake_loop
+        self._loop, self._batch_ended = asyncio.get_running_loop(), asyncio.Event()
+        self.db.after_batch = self._wake_loop
         self.password_checks = asyncio.Semaphore(2)  # scrypt takes 16 MiB and a processor
         self.logins: list[str] = []  # the throttle key of each that is under way
         self.workers = Workers(self, pipeline or functools.partial(
@@ -448,25 +448,20 @@ class Service:
     async def committed(self, write: Future[T], extra_seconds: float = 0) -> T:
         """What a write to the database returned, once it is on disk. Raises InDoubt when that takes too long: it will
         be written all the same, as soon as that is possible. (`asyncio.wrap_future` would cancel it.)"""
-        done = asyncio.Event()
-        write.add_done_callback(lambda _: self._done.append(done))
         try:
             async with asyncio.timeout(WRITE_SECONDS + extra_seconds):
-                if not write.done():
-                    await done.wait()
+                while not write.done():
+                    self._batch_ended.clear()
+                    await self._batch_ended.wait()
         except TimeoutError:
             raise InDoubt("the write took too long") from None
         return write.result()
 
-    def wake_loop(self) -> None:
-        """Ends the waiting of `committed` for all writes that are done. The committer calls it once for a batch, since
-        each call lets another thread take the GIL."""
-        def set_events() -> None:
-            while self._done:
-                self._done.pop().set()
-
+    def _wake_loop(self) -> None:
+        """Lets all that wait in `committed` look again. The committer calls this once for a batch, since each call lets
+        another thread take the GIL."""
         with contextlib.suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(set_events)
+            self._loop.call_soon_threadsafe(self._batch_ended.set)
 
     async def add_first_user(self) -> None:
         """Adds the administrator where there is no user at all."""
@@ -628,18 +623,19 @@ class MultipartFile(MultipartParser):
             "on_part_begin": self._headers.clear, "on_header_begin": self._header_name.clear,
             "on_header_field": lambda data, start, end: self._header_name.extend(data[start:end].lower()),
             "on_header_value": lambda data, start, end: self._headers[bytes(self._header_name)].extend(data[start:end]),
-            "on_headers_finished": self._on_headers_finished}, max_header_size=SMALL_BODY)
+            "on_headers_finished": self._on_headers_finished, "on_part_data": self._on_part_data},
+            max_header_size=SMALL_BODY)
         # A preamble is allowed (RFC 2046, 5.1.1). The parser takes none, so it begins as if inside a part, whose data
-        # is dropped.
-        self.state = MultipartState.PART_DATA
+        # is dropped; without a preamble the body lacks the line break before its first boundary.
+        self._in_file, self.state = False, MultipartState.PART_DATA
         self.write(b"\r\n")
 
     def _on_headers_finished(self) -> None:
         disposition = bytes(self._headers[b"content-disposition"])
         # python-multipart drops `filename*`, as RFC 7578 wants it, but older .NET and Python clients send it.
         _, options = parse_options_header(re.sub(rb"(?i);\s*filename\*\s*=", b"; filename_=", disposition))
-        self.set_callback("part_data", None)  # what other parts hold is dropped
-        if options.get(b"name") != b"file":
+        self._in_file = options.get(b"name") == b"file"  # what other parts hold is dropped
+        if not self._in_file:
             return
         if self._incoming.filename:
             raise validation_error("There are two parts named file.", "body", "file")
@@ -650,7 +646,10 @@ class MultipartFile(MultipartParser):
         if extension not in MEDIA_TYPES:
             raise Problem("unsupported_media_type", "The filename has to end in .pdf or .docx.")
         self._incoming.media_type = MEDIA_TYPES[extension]
-        self.set_callback("part_data", lambda data, start, end: self._incoming.feed(data[start:end]))
+
+    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._in_file:
+            self._incoming.feed(data[start:end])
 
 
 def decoded_filename(options: Mapping[bytes, bytes]) -> str:
@@ -688,7 +687,8 @@ async def receive_file(request: Request, incoming: Incoming) -> None:
             raise Problem("too_large")
         if body_size - incoming.size > SMALL_BODY:
             raise Problem("too_large", f"There are more than {SMALL_BODY} bytes around the file.")
-        if len(incoming.held) > max(START_BYTES, min(HELD_BY_ONE, HELD_BY_ALL // service.open_uploads)):
+        share = min(HELD_BY_ONE, HELD_BY_ALL // service.open_uploads)
+        if len(incoming.held) > max(START_BYTES, share):
             await run_in_threadpool(incoming.flush)
     if form.state != MultipartState.END:
         raise FormParserError
@@ -1053,7 +1053,7 @@ async def login(request: Request) -> Tokens:
     service.logins.append(throttle_key)
     try:
         async with service.password_checks:
-            if await request.is_disconnected():
+            if await request.is_disconnected():  # while it waited: no scrypt for nobody
                 raise ClientDisconnect
             service.db.check_throttle(name_hash, throttle_key)
             right = await asyncio.to_thread(  # not in `run_in_threadpool`, whose threads may all wait for the storage

@@ -162,7 +162,7 @@ class Incoming:
             self._check_start()
             self._file = self._storage.create(self.key)
         self.sha256.update(self.held)
-        while self.held:
+        while self.held:  # unbuffered, so a write may take a part
             del self.held[:self._file.write(self.held)]
         return self._file
 

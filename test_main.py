@@ -1437,7 +1437,7 @@ def test_every_line_of_the_log_is_json_and_tells_the_whole_life(tmp_path: Path) 
         for name in names:
             add_user(settings_in(tmp_path), name)
             assert guess(client, PASSWORD, name) == 200
-        for target in (*(f"/%{byte:02x}" for byte in range(256)), "/" + "%0a" * 20_000):
+        for target in (*(f"/%{byte:02x}" for byte in range(256)), "/" + "%0a" * 5_000):  # h11 takes 16 KiB
             assert exchange(client, wire(f"GET {target}"))[0] in (404, 405)
         for request in ("GET /healthz", "POST /auth/login", "POST /documents/upload", "GET /nowhere"):
             broken = wire(request, b"no size\r\n", Transfer_Encoding="chunked", Content_Length=None, Authorization=None)
