@@ -717,21 +717,12 @@ Progress = Callable[[int, str], None]
 Pipeline = Callable[[BinaryIO, Document, Progress], Any]
 
 
-class ProcessingFailed(Exception):
-    """What a pipeline raises to say what went wrong and whether trying again can help."""
-
-    def __init__(self, code: str, message: str, retryable: bool) -> None:
-        self.retryable = bool(retryable)
-        self.code, self.message = (  # a lone surrogate fits no database
-            text.encode(errors="replace").decode() for text in (code, message))
-
-
 def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *, seconds: float) -> Any:
     """Stands where OCR and a language model will: checks that the file is whole, takes its time, makes up a result.
 
     A pipeline gets the open file, the document, and `progress(percent, message)`, to be called between its steps: it
-    raises RunEnded when the run has to end. It returns what JSON can hold. Any other exception makes FAILED, and
-    BadDocument says that the file is damaged.
+    raises RunEnded when the run has to end. It returns what JSON can hold. Any other exception makes FAILED:
+    BadDocument says that the file is damaged, which its text explains; after others, trying again may help.
     """
     check_is_whole(file, document.media_type)
     for percent, step in (0, "extracting text"), (25, "recognizing layout"), (50, "classifying"), (75, "summarizing"):
@@ -814,48 +805,46 @@ class Workers:
         log_run("process_started", document)
         start = time.monotonic()
         try:
-            result = self._call_pipeline(run_id, document)
-            self._db.complete(run_id, document.document_id, result).result()
-            log_run("process_completed", document, start)
-        except ProcessingFailed as error:
-            if time.monotonic() > self._grace_end:  # the pipeline may have wrapped what `progress` raised
-                raise RunEnded from error
-            self._db.fail(run_id, document.document_id, error.code, error.message, error.retryable).result()
-            log_run("process_failed", document, start, failure=error.__cause__, error=error.code)
-
-    def _call_pipeline(self, run_id: str, document: Document) -> str:
-        """The result as JSON. Raises ProcessingFailed or RunEnded."""
-        def progress(percent: int, message: str) -> None:
-            if time.monotonic() > self._grace_end:
-                raise RunEnded
-            percent = max(0, min(int(percent), 99))
-            try:
-                self._db.record_progress(run_id, document.document_id, percent, message).result()
-            except (sqlite3.Error, OSError) as failure:  # no fault of the pipeline, and no harm
-                log_event("storage_error", logging.ERROR, failure=failure)
-
-        try:
             file = self._storage.open(document.document_id)
         except FileNotFoundError as failure:
-            raise ProcessingFailed("file_missing", "The stored file is gone.", retryable=False) from failure
+            return self._fail(run_id, document, start, failure, "file_missing", "The stored file is gone.")
+        progress = functools.partial(self._progress, run_id, document.document_id)
         try:
             with file:
-                return json.dumps(self._pipeline(file, document, progress), allow_nan=False)
-        except (RunEnded, ProcessingFailed):
+                result = json.dumps(self._pipeline(file, document, progress), allow_nan=False)
+        except RunEnded:
             raise
         except BadDocument as failure:
-            raise ProcessingFailed("damaged_document", str(failure), retryable=False) from failure
+            return self._fail(run_id, document, start, failure, "damaged_document", str(failure))
         except BaseException as failure:  # even a sys.exit of the pipeline makes FAILED
-            raise ProcessingFailed(
-                "pipeline_error", f"The pipeline failed: {type(failure).__name__}.", retryable=True) from failure
+            message = f"The pipeline failed: {type(failure).__name__}."
+            return self._fail(run_id, document, start, failure, "pipeline_error", message)
+        self._db.complete(run_id, document.document_id, result).result()
+        log_run("process_completed", document, start)
+
+    def _progress(self, run_id: str, document_id: str, percent: int, message: str) -> None:
+        if time.monotonic() > self._grace_end:
+            raise RunEnded
+        percent = max(0, min(int(percent), 99))
+        try:
+            self._db.record_progress(run_id, document_id, percent, message).result()
+        except (sqlite3.Error, OSError) as failure:  # no fault of the pipeline, and no harm
+            log_event("storage_error", logging.ERROR, failure=failure)
+
+    def _fail(self, run_id: str, document: Document, start: float, failure: BaseException, code: str,
+              message: str) -> None:
+        if time.monotonic() > self._grace_end:  # the pipeline may have wrapped what `progress` raised
+            raise RunEnded from failure
+        message = message.encode(errors="replace").decode()  # a lone surrogate fits no database
+        self._db.fail(run_id, document.document_id, code, message, retryable=code == "pipeline_error").result()
+        log_run("process_failed", document, start, failure=failure, error=code)
 
 
-def log_run(event: str, document: Document, start: float | None = None, failure: BaseException | None = None,
-            **fields: Any) -> None:
+def log_run(event: str, document: Document, start: float | None = None, **fields: Any) -> None:
     if start is not None:
         fields["duration_ms"] = round(1000 * (time.monotonic() - start), 3)
     level = logging.WARNING if event == "process_failed" else logging.INFO
-    log_event(event, level, failure=failure, request_id=document.request_id, document_id=document.document_id,
+    log_event(event, level, request_id=document.request_id, document_id=document.document_id,
               attempt=document.attempts, **fields)
 
 

@@ -1289,13 +1289,13 @@ def test_whatever_a_pipeline_raises_makes_failed(tmp_path: Path) -> None:
             raise outcome
         return outcome
 
-    own, outcome = main.ProcessingFailed("no_text", "No text: \ud800", retryable=False), cast(Any, None)
+    damaged, outcome = BadDocument("No text: \ud800"), cast(Any, None)
     with running(settings_in(tmp_path), pipeline=pipeline) as client:
         path = uploaded(client)
-        for outcome in (ValueError("canary"), SystemExit(), float("nan"), {"x": object()}, own):
+        for outcome in (ValueError("canary"), SystemExit(), float("nan"), {"x": object()}, damaged):
             error = processed(client, path)["error"]
             assert (error["code"], error["retryable"]) == (
-                ("no_text", False) if outcome is own else ("pipeline_error", True))
+                ("damaged_document", False) if outcome is damaged else ("pipeline_error", True))
             assert "canary" not in str(error)
         outcome = {"odd": ["\ud800", DEEP, 2**70]}
         status = processed(client, path)
