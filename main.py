@@ -1180,17 +1180,11 @@ async def repeat(action: Callable[[], Awaitable[None]], seconds: float) -> None:
         await asyncio.sleep(seconds)
 
 
-def uvicorn_server() -> uvicorn.Server | None:
-    """The uvicorn server that runs this app: its method is the handler of SIGTERM, and uvicorn offers no other way to
-    find it. None under another server, whose own settings say how long it waits."""
-    server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-    return server if isinstance(server, uvicorn.Server) else None
-
-
 async def follow_uvicorn(service: Service) -> None:
-    """Gives the server the grace and socket options, and stops the workers once the server has got SIGTERM."""
-    server = uvicorn_server()
-    if server is None:
+    """Gives the server the grace and socket options, and stops the workers once the server has got SIGTERM. Its method
+    is the handler of that signal: uvicorn offers no other way to find it. Other servers have settings for the grace."""
+    server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    if not isinstance(server, uvicorn.Server):
         return
     server.config.timeout_graceful_shutdown = service.settings.shutdown_seconds  # type: ignore[assignment]
     while not server.started:
