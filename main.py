@@ -875,8 +875,7 @@ async def upload(request: Request) -> Response:
     idempotency_key = request.headers.get("idempotency-key")
     if idempotency_key is not None and not re.fullmatch(IDEMPOTENCY_KEY, idempotency_key):
         raise validation_error("Use 1 to 128 visible ASCII characters.", "header", "Idempotency-Key")
-    document_id = next(service.uuids)
-    incoming = Incoming(service.storage, document_id)
+    incoming = Incoming(service.storage, next(service.uuids))
     service.open_uploads += 1
     try:
         await receive_file(request, incoming)
@@ -892,8 +891,8 @@ async def upload(request: Request) -> Response:
     finally:
         service.open_uploads -= 1
     headers = {"Location": f"{path_prefix(request)}/documents/{document.document_id}"}
-    if document.document_id == document_id:
-        log_event("uploaded", document_id=document_id, size=incoming.size, media_type=incoming.media_type)
+    if document.document_id == incoming.key:
+        log_event("uploaded", document_id=incoming.key, size=incoming.size, media_type=incoming.media_type)
     else:
         headers["Idempotency-Replayed"] = "true"
     return Response(DocumentOut.model_validate(document).model_dump_json(), 201, headers, "application/json")
