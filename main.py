@@ -624,7 +624,7 @@ class MultipartFile(MultipartParser):
             "on_header_field": lambda data, start, end: self._header_name.extend(data[start:end].lower()),
             "on_header_value": lambda data, start, end: self._headers[bytes(self._header_name)].extend(data[start:end]),
             "on_headers_finished": self._on_headers_finished, "on_part_data": self._on_part_data},
-            max_header_size=SMALL_BODY)
+            max_header_count=SMALL_BODY, max_header_size=SMALL_BODY)
         # A preamble is allowed (RFC 2046, 5.1.1). The parser takes none, so it begins as if inside a part, whose data
         # is dropped; without a preamble the body lacks the line break before its first boundary.
         self._in_file, self.state = False, MultipartState.PART_DATA

@@ -873,7 +873,6 @@ HOSTILE: dict[str, tuple[bytes, Expected]] = {
             "multipart/form-data", "multipart/form-data; boundary=", "multipart/form-data; boundary=c",
             "multipart/form-data; boundary=" + "b" * 300)},
         "no body": sent(b""), "not closed": sent(part()), "ends in the header": sent(part()[:40]),
-        "2,000 headers": sent(b"--b\r\n" + b"x: y\r\n" * 2000 + b"\r\n\r\n--b--"),
         "header of 100 KB": sent(part(disposition=b"form-data; name=" + b"x" * 100_000) + b"--b--"),
         "header name of 100 KB": sent(b"--b\r\n" + b"x" * 100_000 + b": y\r\n\r\n"),
         "length too small": sent(WHOLE, Content_Length="100"), "line break": file("a\r\nX-Evil: 1\r\n.pdf")}),
@@ -1085,6 +1084,7 @@ def test_file_names_are_taken_as_real_clients_send_them(
     (b"It is in parts.\r\n--bb\r\n\r\n" + part() + END, None, "UPLOADED"), (b"Parts.\r\n", None, "malformed_body"),
     (b"\r\n" + part() + END + b"That was it.\r\n--b", None, "UPLOADED"),
     (part()[3:] + part().replace(b"--b", b"--b \t") + b"--b-- \t\r\n", None, "UPLOADED"),
+    (part().replace(b"C", b"X-Y: z\r\n" * 999 + b"C", 1) + END, None, "UPLOADED"),
     (FIELDS + part() + FIELDS + END, "identity", "UPLOADED"), (AROUND + part() + AROUND + END, None, "UPLOADED"),
     (MORE + part() + MORE + END, None, "too_large"), (part() + END + bytes(70_000), None, "too_large"),
     (bytes(70_000) + b"\r\n" + part() + END, None, "too_large"), (part() + END, "gzip", "unsupported_media_type")],
@@ -2058,7 +2058,6 @@ def test_a_document_that_kills_its_process_ends_failed_and_the_service_stays_up(
         def failed() -> Any:
             with contextlib.suppress(httpx.TransportError):  # of a process that dies
                 return (status := client.get(f"{path}/status").json())["status"] == "FAILED" and status
-
         status = until(failed)
         assert (status["attempts"], status["error"]["code"], status["error"]["retryable"]) == (2, "interrupted", True)
         assert processed(client, uploaded(client))["status"] == "COMPLETED"
