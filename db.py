@@ -2,8 +2,8 @@
 
 One thread writes, the committer. It commits all writes that wait in one transaction (group commit): the more writes
 wait, the fewer fsyncs each pays for. A method marked `@write` runs in the committer and returns a Future that is done
-once the commit is on disk. All other queries read, in the thread of their caller (the event loop), over a second
-connection, and never wait for writers (WAL)."""
+once the commit is on disk; so does `add_document`. All other queries read, in the thread of their caller (the event
+loop), over a second connection, and never wait for writers (WAL)."""
 import contextlib
 import fcntl
 import functools
@@ -257,7 +257,7 @@ class Database:
             self.after_batch()
 
     def _next_batch(self, expected: int) -> list[Write]:
-        """Waits for a write, then up to 20 ms for as many as were uploads last time: their clients may upload again."""
+        """Waits for a write, then up to 20 ms for as many as the last batch had uploads: their clients may go on."""
         new, end = self._queue.get(), time.monotonic() + 0.02
         while 1 + self._queue.qsize() < expected and time.monotonic() < end:
             time.sleep(0.001)
@@ -274,7 +274,7 @@ class Database:
 
     def _commit_batch(self, batch: list[Write]) -> None:
         try:
-            with self.lock(), self._writer:  # rolls back after an exception
+            with self.lock(), self._writer:  # which rolls back after an exception
                 self._writer.execute("BEGIN IMMEDIATE")
                 for each in batch:
                     self._apply(each)
@@ -408,7 +408,7 @@ class Database:
     def add_document(self, published: Future[Document]) -> Future[Document]:
         """Adds this document as soon as its file is published. The result is this document; or the document that the
         owner uploaded under the same Idempotency-Key before, and then the new file is listed for removal."""
-        new = Write(lambda: self._add_document(published.result()), needs_sync=True)
+        new = Write(lambda: self._add_document(published.result()), needs_sync=True)  # the result is there by then
         published.add_done_callback(lambda _: self._submit(new))
         return new.future
 

@@ -78,7 +78,7 @@ Model = TypeVar("Model", bound=BaseModel)
 class Settings(BaseModel, frozen=True, populate_by_name=True, alias_generator=lambda name: f"DOCS_{name.upper()}"):
     """Each is read from the environment variable DOCS_ and its name in capitals."""
 
-    # Empty becomes None, which is not valid: a Path would be the current folder. Absolute: a pipeline may change that.
+    # Empty becomes None, which is not valid: Path("") would be the current folder. Absolute, as a pipeline may chdir.
     data_dir: Annotated[Path, BeforeValidator(lambda path: os.path.expanduser(path) or None),
                         AfterValidator(Path.absolute)] = Field(Path("data"), validate_default=True)
     jwt_secret: bytes | None = Field(None, min_length=32, repr=False)
@@ -450,7 +450,7 @@ class Service:
         be written all the same, as soon as that is possible. (`asyncio.wrap_future` would cancel it.)"""
         try:
             async with asyncio.timeout(WRITE_SECONDS + extra_seconds):
-                while not write.done():
+                while not write.done():  # `set` comes after that, and wakes all who wait, whoever clears the event
                     self._batch_ended.clear()
                     await self._batch_ended.wait()
         except TimeoutError:
@@ -625,8 +625,8 @@ class MultipartFile(MultipartParser):
             "on_header_value": lambda data, start, end: self._headers[bytes(self._header_name)].extend(data[start:end]),
             "on_headers_finished": self._on_headers_finished, "on_part_data": self._on_part_data},
             max_header_count=SMALL_BODY, max_header_size=SMALL_BODY)
-        # A preamble is allowed (RFC 2046, 5.1.1). The parser takes none, so it begins as if inside a part, whose data
-        # is dropped; without a preamble the body lacks the line break before its first boundary.
+        # A preamble is allowed (RFC 2046, 5.1.1), but not by the parser. So it begins inside a part, whose data is
+        # dropped, with the line break that the first boundary of a body without a preamble lacks.
         self._in_file, self.state = False, MultipartState.PART_DATA
         self.write(b"\r\n")
 
@@ -697,8 +697,8 @@ async def receive_file(request: Request, incoming: Incoming) -> None:
 
 
 async def store(service: Service, incoming: Incoming, owner_id: str, idempotency_key: str | None) -> Document:
-    """Returns the document (see `add_document`) when file and row are on disk. A publisher thread is free for the next
-    file as soon as this one is published: then the row waits for the committer."""
+    """Returns the document (see `add_document`) when file and row are on disk; raises what `publish` raised. The
+    publisher's thread is free for the next file when this one is published: then its row waits for the committer."""
     def publish() -> Document:
         incoming.finish()
         now = utc_now()
@@ -738,8 +738,8 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
 
 class Workers:
     """The worker threads of this process. Each claims a queued document and calls the pipeline with it: that is a run.
-    Whatever the pipeline raises makes the document FAILED, except RunEnded, and so does a missing file. Where storage
-    or database fail otherwise, the run just ends, and the document gets another run after the lease.
+    A missing file makes the document FAILED, and so does whatever the pipeline raises, except RunEnded. Where storage
+    or database fail otherwise, the run just ends, like one whose process died.
 
     The queue is in the database, shared by all processes. `wake` lets an idle thread look there; `look_after_runs`
     calls it each second while documents wait, so nothing depends on the process that took the request.
@@ -749,7 +749,7 @@ class Workers:
         self._db, self._storage, self._settings = service.db, service.storage, service.settings
         self._committed, self._pipeline = service.committed, pipeline
         self._pool = ThreadPoolExecutor(self._settings.process_workers, "worker")
-        self._busy: set[str] = set()  # the run id of each busy thread, from before its claim on
+        self._busy: set[str] = set()  # the run id of each busy thread, also while it claims a document
         self.stopping, self._grace_end = False, math.inf  # by time.monotonic()
 
     def wake(self) -> None:
@@ -856,7 +856,7 @@ router = APIRouter(responses={"default": {
 IDEMPOTENCY_KEY = "[!-~]{1,128}"
 
 
-@router.post(  # documents the upload; the plain route serves it, as the lower decorator comes first
+@router.post(  # two routes for one path: the lower one comes first and serves it, this one is for /docs
     "/documents/upload", tags=["documents"], summary="Upload a PDF or DOCX", status_code=201,
     response_model=DocumentOut, dependencies=[Depends(signed_in)], openapi_extra={
         "parameters": [{"name": "Idempotency-Key", "in": "header", "required": False, "description": "one for a file",
@@ -1041,7 +1041,7 @@ async def login(request: Request) -> Tokens:
     service.logins.append(throttle_key)
     try:
         async with service.password_checks:
-            if await request.is_disconnected():  # while it waited: no scrypt for nobody
+            if await request.is_disconnected():  # then scrypt would be for nobody
                 raise ClientDisconnect
             service.db.check_throttle(name_hash, throttle_key)
             right = await asyncio.to_thread(  # not in `run_in_threadpool`, whose threads may all wait for the storage
@@ -1140,9 +1140,9 @@ async def running_service(
     2. uvicorn waits for open requests, and cancels them at the end of the grace: they are answered with 503.
     3. This function goes on after its `yield`. Runs have what is left of the grace.
     4. Publishers and committer end the uploads and writes that were begun, for a second at most.
-    5. uvicorn raises the signal again, which ends the process. As process 1 of a container, or after Ctrl-C, Python
-       first waits for its threads: for steps of a pipeline that go on, and for a run's write while another process
-       holds the database's lock.
+    5. uvicorn raises the signal again, which ends the process. Not so process 1 of a container, nor after Ctrl-C:
+       Python first waits for its threads, so for steps of a pipeline and calls of the storage that go on, and for a
+       run's write while another process holds the database's lock.
     """
     log.setLevel(settings.log_level)
     raise_descriptor_limit()
@@ -1180,8 +1180,8 @@ async def repeat(action: Callable[[], Awaitable[None]], seconds: float) -> None:
 
 
 async def follow_uvicorn(service: Service) -> None:
-    """Gives the server the grace and socket options, and stops the workers once the server has got SIGTERM. Its method
-    is the handler of that signal: uvicorn offers no other way to find it. Other servers have settings for the grace."""
+    """Gives the server the grace and socket options, and stops the workers once the server has got SIGTERM. The server
+    is found by the handler of that signal, its method. Other servers than uvicorn have settings for the grace."""
     server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     if not isinstance(server, uvicorn.Server):
         return
