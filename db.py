@@ -281,7 +281,7 @@ class Database:
                 self._commit()
         except BaseException as error:
             for each in batch:
-                each.error = each.error or error
+                each.error = error
 
     def _apply(self, each: Write) -> None:
         """Runs the operation. When it breaks, it is undone alone."""

@@ -2118,6 +2118,7 @@ def test_exit_is_bounded_while_nobody_can_write(tmp_path: Path) -> None:
                 until(lambda: "Finished server process" in server.output())
                 fcntl.flock(lock, fcntl.LOCK_UN)
             server.process.wait(10)
+            assert "Traceback" not in server.output()  # the committer has nobody left to wake
 
 
 def test_a_storage_that_hangs_holds_up_no_login(steps: Steps) -> None:
