@@ -10,7 +10,8 @@
 
 The textbook syncs no files, hashes nothing, keeps no sessions and takes up no work after a crash. Both are started anew
 for each round, in turn, with an empty folder in TMPDIR. Figures are medians of the rounds, `good %` is the worst one's.
-`CPU ms` is the server's for each request, `MiB` its peak. All share one machine, so trust the ratios most.
+`CPU ms` is the server's for each request, `MiB` its peak. All share one machine, so trust the ratios most. A run within
+minutes of another one is slower: ext4 searches long for inodes where many files were deleted just now.
 """
 import asyncio
 import contextlib
