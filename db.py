@@ -274,7 +274,7 @@ class Database:
 
     def _commit_batch(self, batch: list[Write]) -> None:
         try:
-            with self.lock(), self._writer:  # which rolls back after an exception
+            with self.lock(), self._writer:  # the connection rolls back after an exception
                 self._writer.execute("BEGIN IMMEDIATE")
                 for each in batch:
                     self._apply(each)
@@ -487,7 +487,7 @@ class Database:
         owner_id = first(str, self._writer.execute(
             "UPDATE users SET last_claim = (SELECT 1 + max(last_claim) FROM users) WHERE user_id = ("
             f"SELECT user_id FROM users WHERE EXISTS (SELECT 1 FROM documents WHERE {WAITING} AND owner_id = user_id)"
-            " ORDER BY last_claim LIMIT 1) RETURNING user_id"))  # None, which no document has, when nothing waits
+            " ORDER BY last_claim LIMIT 1) RETURNING user_id"))  # None when nothing waits: no document has this owner
         now = utc_now()
         return first(Document, self._writer.execute(
             "UPDATE documents SET run_id = ?, beat_at = ?, attempts = attempts + 1, progress = 0, message = 'started',"

@@ -451,7 +451,7 @@ class Service:
         be written all the same, as soon as that is possible. (`asyncio.wrap_future` would cancel it.)"""
         try:
             async with asyncio.timeout(WRITE_SECONDS + extra_seconds):
-                while not write.done():  # `set` comes after that, and wakes all who wait, whoever clears the event
+                while not write.done():  # writes are done before `set`, which wakes all who wait: none is missed
                     self._batch_ended.clear()
                     await self._batch_ended.wait()
         except TimeoutError:
@@ -1182,7 +1182,7 @@ async def repeat(action: Callable[[], Awaitable[None]], seconds: float) -> None:
 
 async def follow_uvicorn(service: Service) -> None:
     """Gives the server the grace and socket options, and stops the workers once the server has got SIGTERM. The server
-    is found by the handler of that signal, its method. Other servers than uvicorn have settings for the grace."""
+    is found by the handler of that signal, a method of it. Other servers than uvicorn have settings for the grace."""
     server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     if not isinstance(server, uvicorn.Server):
         return
