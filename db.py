@@ -288,7 +288,7 @@ class Database:
         self._writer.execute("SAVEPOINT operation")
         try:
             each.result = each.operation()
-        except Exception as error:
+        except BaseException as error:
             if not self._writer.in_transaction:  # SQLite has rolled back the whole batch, as when the disk is full
                 raise
             each.error = error

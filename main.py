@@ -355,10 +355,12 @@ class RequestMiddleware:
             problem = await problem_of(request, failure)  # this logs the failure too
             if exchange.status:  # the answer has begun; uvicorn cuts it off
                 raise
+            if isinstance(failure, asyncio.CancelledError):
+                exchange.request_body_unread = False  # the grace is over: no time is left to read the rest
             await problem(scope, exchange.receive, exchange.send)
         finally:
             # A path may hold secrets too: a quoted query, or the user of a whole URL.
-            path = re.sub(r"(?s)^/?\w+://[^/]*|\?.*", "", scope["path"].removeprefix(path_prefix(request)))
+            path = re.sub(r"(?s)^/?([\w+.-]+:)?//[^/]*|\?.*", "", scope["path"].removeprefix(scope["root_path"]))
             log_event("request", method=request.method, path=path, status=exchange.status,
                       duration_ms=round(1000 * (time.perf_counter() - start), 3), client=client_address(request),
                       user=scope.get("state", {}).get("username"))
@@ -376,6 +378,7 @@ class Exchange:
         self._receive, self._send, headers = receive, send, request.headers
         self.status = 0  # of the answer, once that has begun
         self.request_body_unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+        self._expects_100 = "expect" in headers
 
     async def receive(self) -> Message:
         message = await self._receive()
@@ -384,8 +387,10 @@ class Exchange:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.status = message["status"]
-            MutableHeaders(raw=message["headers"]).setdefault("Cache-Control", "no-store")
+            self.status, headers = message["status"], MutableHeaders(raw=message["headers"])
+            headers.setdefault("Cache-Control", "no-store")
+            if self.request_body_unread and self._expects_100:  # the client may never send it: RFC 9110, 10.1.1
+                headers["Connection"] = "close"
             message["headers"] = [*message["headers"], (b"x-request-id", request_id_of_context.get().encode()),
                                   (b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY")]
             if self.request_body_unread:
@@ -1243,10 +1248,10 @@ def main(storage: Storage | None = None) -> int:
 
 def check_files(db: Database, storage: Storage, folder: Path) -> int:
     """Prints which files and documents lack each other; 1 when there is one."""
-    keys, ids = set(storage.keys()), db.document_ids()
+    ids, to_go, keys = db.document_ids(), set(db.deleted_files()), set(storage.keys())
     time.sleep(1)  # for uploads and deletions that are under way
     later_keys, later_ids = set(storage.keys()), db.document_ids()
-    strays = (keys & later_keys) - later_ids - set(db.deleted_files())
+    strays = (keys & later_keys) - ids - later_ids - to_go - set(db.deleted_files())
     lost = (ids - later_keys) & later_ids
     lines = sorted([f"no document has the file {key}" for key in strays]
                    + [f"the document {document_id} has no file" for document_id in lost])
