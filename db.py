@@ -405,11 +405,11 @@ class Database:
 
     # Documents
 
-    def add_document(self, published: Future[Document]) -> Future[Document]:
+    def add_document(self, publishing: Future[Document]) -> Future[Document]:
         """Adds this document as soon as its file is published. The result is this document; or the document that the
         owner uploaded under the same Idempotency-Key before, and then the new file is listed for removal."""
-        new = Write(lambda: self._add_document(published.result()), needs_sync=True)  # the result is there by then
-        published.add_done_callback(lambda _: self._submit(new))
+        new = Write(lambda: self._add_document(publishing.result()), needs_sync=True)  # its result is there by then
+        publishing.add_done_callback(lambda _: self._submit(new))
         return new.future
 
     def _add_document(self, new: Document) -> Document:

@@ -4,7 +4,7 @@
     POST   /auth/refresh             a refresh token for a new pair
     POST   /auth/logout              ends the session
     POST   /documents/upload         one multipart part `file`
-    POST   /documents/{id}/process   queues it once, however often it is called
+    POST   /documents/{id}/process   starts processing; idempotent by the document's state
     GET    /documents/{id}/status    ?wait=S answers when processing ends
     GET    /documents/{id}/result
     GET    /documents                the caller's, newest first
@@ -1202,8 +1202,8 @@ async def follow_uvicorn(service: Service) -> None:
 
 
 def set_socket_options(server: uvicorn.Server, idle_seconds: float) -> None:
-    """On Linux connections inherit these options. Without TCP_NODELAY, which uvicorn does not set for several workers,
-    an answer may wait 40 ms. TCP_USER_TIMEOUT (tcp(7)) ends connections whose client takes nothing."""
+    """On Linux connections inherit these options. Without TCP_NODELAY, which connections lack with several workers, an
+    answer may wait 40 ms. TCP_USER_TIMEOUT (tcp(7)) ends connections whose client takes nothing."""
     for sock in [sock for each in server.servers for sock in each.sockets if sock.family != socket.AF_UNIX]:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
