@@ -648,7 +648,7 @@ class MultipartFile(MultipartParser):
         filename = self._incoming.filename = shown_filename(decoded_filename(options))
         if not filename:
             raise validation_error("The part named file has no filename.", "body", "file")
-        extension = os.path.splitext(filename)[1].lower()
+        extension = filename[filename.rfind("."):].lower()
         if extension not in MEDIA_TYPES:
             raise Problem("unsupported_media_type", "The filename has to end in .pdf or .docx.")
         self._incoming.media_type = MEDIA_TYPES[extension]

@@ -1077,7 +1077,7 @@ def test_a_body_that_dribbles_gets_408(client: httpx.Client, monkeypatch: Patch,
     'filename="=?utf-7?Q?+2AA-a.pdf?="': "a.pdf", 'filename="=?utf-8?Q?..=2F..=2Fetc=5Ca.pdf?="': "a.pdf",
     "filename*=utf-8''..%2F..%5Ca.pdf": "a.pdf", f'filename="{MARKS[:9000]}/a.pdf"': "a.pdf",
     'filename="=?utf-8?Q?a=0D=0AX-Evil=3A_=00=E2=80=AE1.pdf?="': "aX-Evil: 1.pdf",
-    f'filename="a{MARKS}.pdf"': MOST, f"filename*=utf-8''{quote(MARKS[-600:])}.pdf": MOST,
+    f'filename="a{MARKS}.pdf"': MOST, f"filename*=utf-8''{quote(MARKS[-600:])}.pdf": MOST, "filename=..pdf": "..pdf",
     f"filename=b.pdf; filename*=utf-8''a{quote(MARKS[15_000:16_200])}.pdf": "b.pdf",
     f'filename="=?utf-8?B?{base64.b64encode(MARKS[5_000:25_000].encode()).decode()}?="': None,
     f'filename="=?utf-8?Q?{quote(MARKS[-600:]).replace("%", "=")}.pdf?="': MOST}.items(), ids=itertools.count())
