@@ -360,7 +360,7 @@ class RequestMiddleware:
             await problem(scope, exchange.receive, exchange.send)
         finally:
             # A path may hold secrets too: a quoted query, or the user of a whole URL.
-            path = re.sub(r"(?s)^/?([\w+.-]+:)?//[^/]*|\?.*", "", scope["path"].removeprefix(scope["root_path"]))
+            path = re.sub(r"(?s)^/?([^/]*:)?//[^/]*|\?.*", "", scope["path"].removeprefix(scope.get("root_path", "")))
             log_event("request", method=request.method, path=path, status=exchange.status,
                       duration_ms=round(1000 * (time.perf_counter() - start), 3), client=client_address(request),
                       user=scope.get("state", {}).get("username"))
