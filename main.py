@@ -748,7 +748,7 @@ class Workers:
     or database fail otherwise, the run just ends, like one whose process died.
 
     The queue is in the database, shared by all processes. `wake` lets an idle thread look there; `look_after_runs`
-    calls it each second while documents wait, so nothing depends on the process that took the request.
+    calls it at least each second while documents wait, so nothing depends on the process that took the request.
     """
 
     def __init__(self, service: Service, pipeline: Pipeline) -> None:
