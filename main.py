@@ -1202,12 +1202,15 @@ async def follow_uvicorn(service: Service) -> None:
 
 
 def set_socket_options(server: uvicorn.Server, idle_seconds: float) -> None:
-    """On Linux connections inherit these options. Without TCP_NODELAY, which connections lack with several workers, an
-    answer may wait 40 ms. TCP_USER_TIMEOUT (tcp(7)) ends connections whose client takes nothing."""
-    for sock in [sock for each in server.servers for sock in each.sockets if sock.family != socket.AF_UNIX]:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(1000 * idle_seconds))
+    """For the connections that are there, and the listening sockets: on Linux later connections inherit the options.
+    Without TCP_NODELAY, which connections lack with several workers, an answer may wait 40 ms. TCP_USER_TIMEOUT
+    (tcp(7)) ends connections whose client takes nothing."""
+    connections = [each.transport.get_extra_info("socket") for each in server.server_state.connections]
+    for sock in [*connections, *(sock for each in server.servers for sock in each.sockets)]:
+        with contextlib.suppress(OSError):  # a Unix socket, or a connection that has ended
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(1000 * idle_seconds))
 
 
 # Commands
