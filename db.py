@@ -288,7 +288,7 @@ class Database:
         self._writer.execute("SAVEPOINT operation")
         try:
             each.result = each.operation()
-        except BaseException as error:
+        except BaseException as error:  # also what a storage raised that is no Exception
             if not self._writer.in_transaction:  # SQLite has rolled back the whole batch, as when the disk is full
                 raise
             each.error = error

@@ -389,7 +389,7 @@ class Exchange:
         if message["type"] == "http.response.start":
             self.status, headers = message["status"], MutableHeaders(raw=message["headers"])
             headers.setdefault("Cache-Control", "no-store")
-            if self.request_body_unread and self._expects_100:  # the client may never send it: RFC 9110, 10.1.1
+            if self.request_body_unread and self._expects_100:  # a refused body may never come: RFC 9110, 10.1.1
                 headers["Connection"] = "close"
             message["headers"] = [*message["headers"], (b"x-request-id", request_id_of_context.get().encode()),
                                   (b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY")]
@@ -413,8 +413,8 @@ class Exchange:
 
 
 def random_ids() -> Iterator[str]:
-    """32 hexadecimal digits each. One system call serves for 256: each lets another thread take the GIL, which would
-    slow down small uploads by 7 %."""
+    """Ids of 32 hexadecimal digits, 256 from one system call: a call for each id, which lets another thread take the
+    GIL, would slow down small uploads by 7 %."""
     while True:
         digits = os.urandom(4096).hex()
         yield from (digits[start:start + 32] for start in range(0, 8192, 32))
@@ -1251,10 +1251,10 @@ def main(storage: Storage | None = None) -> int:
 
 def check_files(db: Database, storage: Storage, folder: Path) -> int:
     """Prints which files and documents lack each other; 1 when there is one."""
-    ids, to_go, keys = db.document_ids(), set(db.deleted_files()), set(storage.keys())
+    ids, deleted, keys = db.document_ids(), set(db.deleted_files()), set(storage.keys())
     time.sleep(1)  # for uploads and deletions that are under way
     later_keys, later_ids = set(storage.keys()), db.document_ids()
-    strays = (keys & later_keys) - ids - later_ids - to_go - set(db.deleted_files())
+    strays = (keys & later_keys) - ids - later_ids - deleted - set(db.deleted_files())
     lost = (ids - later_keys) & later_ids
     lines = sorted([f"no document has the file {key}" for key in strays]
                    + [f"the document {document_id} has no file" for document_id in lost])
