@@ -93,8 +93,9 @@ class Throttled(Exception):
     """Too many logins failed. `args[0]` is the number of seconds until the next login is looked at."""
 
 
-class RunEnded(Exception):
-    """The run has to end: its document was deleted or taken over, or the grace of a shutdown is over."""
+class RunEnded(BaseException):
+    """The run has to end: its document was deleted or taken over, or the grace of a shutdown is over. Not an Exception,
+    so that an `except Exception` of the pipeline lets it pass."""
 
 
 class Status(StrEnum):
@@ -197,13 +198,11 @@ class Database:
     @staticmethod
     def _usable_version(path: Path, keys: Callable[[], Iterator[str]]) -> int:
         """How many of MIGRATIONS have run. Raises ValueError when the file is not ours, or was lost."""
-        wal, version, tables = path.with_name(path.name + "-wal"), 0, set[str]()
+        version, tables = 0, set[str]()
         if path.exists() and path.stat().st_size:
             with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
                 (version,) = connection.execute("PRAGMA user_version").fetchone()
                 tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_schema")}
-        elif wal.exists() and wal.stat().st_size:  # SQLite would remove it
-            raise ValueError(f"there is a write-ahead log, but {path} is missing: was it lost?")
         if version > len(MIGRATIONS) or (tables and not (version and "sessions" in tables)):
             raise ValueError(f"{path} belongs to another program or to a later version of this one")
         if not tables and next(keys(), None):
@@ -450,11 +449,8 @@ class Database:
             "DELETE FROM documents WHERE document_id = ? AND owner_id = ?", (document_id, owner_id)).rowcount == 1
 
     def deleted_files(self, limit: int = -1) -> list[str]:  # to SQLite, -1 is no limit
-        """Ids whose files are to go, from a random one on, so that a file that can't be removed holds up no others."""
-        rows = self._reader.execute(
-            "SELECT document_id FROM deleted_files WHERE document_id >= :start UNION ALL"
-            " SELECT document_id FROM deleted_files WHERE document_id < :start LIMIT :limit",
-            {"start": str(uuid.uuid4()), "limit": limit})
+        """Ids whose files are to go, in random order, so that a file that can't be removed holds up no others."""
+        rows = self._reader.execute("SELECT document_id FROM deleted_files ORDER BY random() LIMIT ?", (limit,))
         return [document_id for (document_id,) in rows]
 
     @write
@@ -520,19 +516,15 @@ class Database:
             raise RunEnded
 
     @write
-    def renew(self, run_ids: Sequence[str]) -> None:
-        """Records a sign of life for these runs."""
-        self._writer.execute(
-            f"UPDATE documents SET beat_at = ? WHERE {RUNNING} AND run_id IN (SELECT value FROM json_each(?))",
-            (time.time(), json.dumps(run_ids)))
-
-    @write
-    def take_over(self, lease: float, max_attempts: int) -> list[Document]:
-        """Ends all runs whose last sign of life is more than a lease ago, or ahead (the clock was set back). Returns
-        their documents, which wait again, or are FAILED after the last attempt."""
+    def keep_leases(self, run_ids: Sequence[str], lease: float, max_attempts: int) -> list[Document]:
+        """Records a sign of life for these runs. Ends all runs whose last one is more than a lease ago, or ahead (the
+        clock was set back); returns their documents, which wait again, or are FAILED after the last attempt."""
         lost = f"{RUNNING} AND beat_at NOT BETWEEN :now - :lease AND :now + :lease"
         values = {"now": time.time(), "stamp": utc_now(), "lease": lease, "max_attempts": max_attempts,
-                  "message": INTERRUPTED["message"], "error": json.dumps(INTERRUPTED)}
+                  "run_ids": json.dumps(run_ids), "message": INTERRUPTED["message"], "error": json.dumps(INTERRUPTED)}
+        self._writer.execute(
+            f"UPDATE documents SET beat_at = :now WHERE {RUNNING}"
+            " AND run_id IN (SELECT value FROM json_each(:run_ids))", values)
         failed = self._writer.execute(
             "UPDATE documents SET status = 'FAILED', run_id = NULL, message = :message, error = :error,"
             f" finished_at = :stamp, updated_at = :stamp WHERE {lost} AND attempts >= :max_attempts"

@@ -25,6 +25,7 @@ import json
 import logging.config
 import math
 import os
+import random
 import re
 import resource
 import secrets
@@ -38,7 +39,7 @@ import traceback
 import unicodedata
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from email.errors import HeaderParseError
@@ -331,7 +332,7 @@ class RequestMiddleware:
     """What holds for every request: its id, its headers, its line in the log, `HEAD`, and the answer to its failure."""
 
     def __init__(self, app: ASGIApp) -> None:
-        self.app, self.request_ids = app, random_ids()
+        self.app, self.ids = app, random.Random()  # os.urandom for each would slow down small uploads by 7 %
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -340,7 +341,7 @@ class RequestMiddleware:
         scope["headers"] = [header for header in scope["headers"] if header[0] != b"cookie"]
         start, request = time.perf_counter(), Request(scope)
         sent_id = re.fullmatch(r"[A-Za-z0-9._-]{1,64}", request.headers.get("x-request-id", ""))
-        request_id_of_context.set(sent_id[0] if sent_id else next(self.request_ids))
+        request_id_of_context.set(sent_id[0] if sent_id else self.ids.randbytes(16).hex())
         exchange = Exchange(request, receive, send)
         # uvicorn leaves out the body of an answer to HEAD by itself.
         inner_scope = {**scope, "method": "GET", "head": True} if request.method == "HEAD" else scope
@@ -412,14 +413,6 @@ class Exchange:
             await self._send({"type": "http.response.body"})
 
 
-def random_ids() -> Iterator[str]:
-    """Ids of 32 hexadecimal digits, 256 from one system call: a call for each id, which lets another thread take the
-    GIL, would slow down small uploads by 7 %."""
-    while True:
-        digits = os.urandom(4096).hex()
-        yield from (digits[start:start + 32] for start in range(0, 8192, 32))
-
-
 def client_address(request: Request) -> str:
     return request.client.host if request.client else "unknown"
 
@@ -443,7 +436,7 @@ class Service:
         secret = settings.jwt_secret or secret_file(self.db, settings.data_dir / "jwt-secret").encode()
         self.signer = auth.TokenSigner(secret)
         self.publishers = ThreadPoolExecutor(self.storage.parallel, "publisher")
-        self.open_uploads, self.ids = 0, random_ids()
+        self.open_uploads, self.ids = 0, random.Random()
         self._loop, self._batch_ended = asyncio.get_running_loop(), asyncio.Event()
         self.db.after_batch = self._wake_loop
         self.password_checks = asyncio.Semaphore(2)  # scrypt takes 16 MiB and a processor
@@ -702,19 +695,13 @@ async def receive_file(request: Request, incoming: Incoming) -> None:
         raise validation_error("There is no part named file, or it is empty.", "body", "file")
 
 
-async def store(service: Service, incoming: Incoming, owner_id: str, idempotency_key: str | None) -> Document:
-    """Returns the document (see `add_document`) when file and row are on disk; raises what `publish` raised. The
-    publisher's thread is free for the next file when this one is published: then its row waits for the committer."""
-    def publish() -> Document:
-        incoming.finish()
-        now = utc_now()
-        return Document(
-            incoming.key, owner_id, incoming.filename, incoming.media_type, incoming.size, incoming.sha256.hexdigest(),
-            Status.UPLOADED, now, now, idempotency_key=idempotency_key)
-
-    added = service.db.add_document(service.publishers.submit(publish))
-    # Many uploads that end at once wait for each other, on a slow disk longer than other writes wait.
-    return await service.committed(added, extra_seconds=4 * WRITE_SECONDS + incoming.size / SLOWEST_STORAGE)
+def publish(incoming: Incoming, owner_id: str, idempotency_key: str | None) -> Document:
+    """Publishes the file, in a publisher's thread, and gives its row for the committer."""
+    incoming.finish()
+    now = utc_now()
+    return Document(
+        incoming.key, owner_id, incoming.filename, incoming.media_type, incoming.size, incoming.sha256.hexdigest(),
+        Status.UPLOADED, now, now, idempotency_key=idempotency_key)
 
 
 # Processing
@@ -744,8 +731,8 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
 
 class Workers:
     """The worker threads of this process. Each claims a queued document and calls the pipeline with it: that is a run.
-    A missing file makes the document FAILED, and so does whatever the pipeline raises, except RunEnded. Where storage
-    or database fail otherwise, the run just ends, like one whose process died.
+    Whatever the storage or the pipeline raises makes the document FAILED, except RunEnded. When that can't be written,
+    the run just ends, like one whose process died.
 
     The queue is in the database, shared by all processes. `wake` lets an idle thread look there; `look_after_runs`
     calls it at least each second while documents wait, so nothing depends on the process that took the request.
@@ -779,9 +766,8 @@ class Workers:
 
     async def look_after_runs(self) -> None:
         """Gives a sign of life for the runs of this process, ends runs whose process gives none, and wakes threads."""
-        await self._committed(self._db.renew(list(self._busy)))
-        for document in await self._committed(self._db.take_over(
-                self._settings.lease_seconds, self._settings.max_attempts)):
+        for document in await self._committed(self._db.keep_leases(
+                list(self._busy), self._settings.lease_seconds, self._settings.max_attempts)):
             event = "process_failed" if document.status == Status.FAILED else "process_requeued"
             log_run(event, document, error="interrupted")
         for _ in range(self._db.waiting(self._settings.process_workers)):
@@ -810,13 +796,15 @@ class Workers:
         request_id_of_context.set(document.request_id or "")  # also for what the pipeline logs
         log_run("process_started", document)
         start = time.monotonic()
+
+        def progress(percent: int, message: str) -> None:
+            if time.monotonic() > self._grace_end:
+                raise RunEnded
+            percent = max(0, min(int(percent), 99))
+            self._db.record_progress(run_id, document.document_id, percent, message).result()
+
         try:
-            file = self._storage.open(document.document_id)
-        except FileNotFoundError as failure:
-            return self._fail(run_id, document, start, failure, "file_missing", "The stored file is gone.")
-        progress = functools.partial(self._progress, run_id, document.document_id)
-        try:
-            with file:
+            with self._storage.open(document.document_id) as file:
                 result = json.dumps(self._pipeline(file, document, progress), allow_nan=False)
         except RunEnded:
             raise
@@ -828,19 +816,8 @@ class Workers:
         self._db.complete(run_id, document.document_id, result).result()
         log_run("process_completed", document, start)
 
-    def _progress(self, run_id: str, document_id: str, percent: int, message: str) -> None:
-        if time.monotonic() > self._grace_end:
-            raise RunEnded
-        percent = max(0, min(int(percent), 99))
-        try:
-            self._db.record_progress(run_id, document_id, percent, message).result()
-        except (sqlite3.Error, OSError) as failure:  # no fault of the pipeline, and no harm
-            log_event("storage_error", logging.ERROR, failure=failure)
-
     def _fail(self, run_id: str, document: Document, start: float, failure: BaseException, code: str,
               message: str) -> None:
-        if time.monotonic() > self._grace_end:  # the pipeline may have wrapped what `progress` raised
-            raise RunEnded from failure
         message = message.encode(errors="replace").decode()  # a lone surrogate fits no database
         self._db.fail(run_id, document.document_id, code, message, retryable=code == "pipeline_error").result()
         log_run("process_failed", document, start, failure=failure, error=code)
@@ -876,16 +853,17 @@ async def upload(request: Request) -> Response:
     upload answers the first document again. Errors: `malformed_body`, `upload_timeout`, `too_large`,
     `unsupported_media_type`, `idempotency_key_reused`, `insufficient_storage`."""
     user, service = await signed_in(request), service_of(request)
-    if service.workers.stopping:  # uvicorn may still serve a connection when the publishers have ended
-        raise Problem("unavailable")
     idempotency_key = request.headers.get("idempotency-key")
     if idempotency_key is not None and not re.fullmatch(IDEMPOTENCY_KEY, idempotency_key):
         raise validation_error("Use 1 to 128 visible ASCII characters.", "header", "Idempotency-Key")
-    incoming = Incoming(service.storage, str(uuid.UUID(next(service.ids), version=4)))
+    incoming = Incoming(service.storage, str(uuid.UUID(bytes=service.ids.randbytes(16), version=4)))
     service.open_uploads += 1
     try:
         await receive_file(request, incoming)
-        document = await store(service, incoming, user.user_id, idempotency_key)
+        published = service.publishers.submit(publish, incoming, user.user_id, idempotency_key)
+        # Many uploads that end at once wait for each other, on a slow disk longer than other writes wait.
+        extra_seconds = 4 * WRITE_SECONDS + incoming.size / SLOWEST_STORAGE
+        document = await service.committed(service.db.add_document(published), extra_seconds)
         if document.sha256 != incoming.sha256.hexdigest():  # an earlier document under this key
             raise validation_error(
                 "It was used for another file.", "header", "Idempotency-Key", code="idempotency_key_reused")
@@ -1250,16 +1228,18 @@ def main(storage: Storage | None = None) -> int:
 
 
 def check_files(db: Database, storage: Storage, folder: Path) -> int:
-    """Prints which files and documents lack each other; 1 when there is one."""
-    ids, deleted, keys = db.document_ids(), set(db.deleted_files()), set(storage.keys())
-    time.sleep(1)  # for uploads and deletions that are under way
-    later_keys, later_ids = set(storage.keys()), db.document_ids()
-    strays = (keys & later_keys) - ids - later_ids - deleted - set(db.deleted_files())
-    lost = (ids - later_keys) & later_ids
-    lines = sorted([f"no document has the file {key}" for key in strays]
-                   + [f"the document {document_id} has no file" for document_id in lost])
-    print(*lines, f"{len(strays)} files without a document, {len(lost)} documents without a file in {folder}", sep="\n")
-    return 1 if lines else 0
+    """Prints which files and documents lack each other; 1 when there is one. It looks twice, since uploads and
+    deletions go on."""
+    def lacking() -> set[str]:
+        ids, keys = db.document_ids(), set(storage.keys())
+        return ({f"no document has the file {key}" for key in keys - ids - set(db.deleted_files())}
+                | {f"the document {document_id} has no file" for document_id in ids - keys})
+
+    found = lacking()
+    time.sleep(1)
+    found &= lacking()
+    print(*sorted(found), f"{len(found)} files and documents lack each other in {folder}", sep="\n")
+    return 1 if found else 0
 
 
 app = create_app()
