@@ -13,7 +13,7 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -211,8 +211,8 @@ class Database:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Lets one thread of one process in at a time. SQLite's own lock would make the others sleep and retry, and
-        lets two processes checkpoint at the same moment (the WAL-reset bug, before SQLite 3.51.3)."""
+        """Lets one thread of one process in at a time. With SQLite's own lock alone, others would sleep and retry, and
+        two processes could checkpoint at the same moment (the WAL-reset bug, before SQLite 3.51.3)."""
         lock_file = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(lock_file, fcntl.LOCK_EX)
@@ -220,7 +220,8 @@ class Database:
         finally:
             with contextlib.suppress(OSError):  # an error here would say that a commit failed
                 fcntl.flock(lock_file, fcntl.LOCK_UN)  # a child of a fork may have the file open too
-            os.close(lock_file)
+            with contextlib.suppress(OSError):
+                os.close(lock_file)
 
     def close(self) -> None:
         """Finishes what was submitted. Under the lock, since closing a connection checkpoints too."""
@@ -256,7 +257,8 @@ class Database:
             self.after_batch()
 
     def _next_batch(self, expected: int) -> list[Write]:
-        """Waits for a write, then up to 20 ms for as many as the last batch had uploads: their clients may go on."""
+        """Waits for a write, then up to 20 ms for as many as the last batch had uploads, since the clients of those
+        often upload the next file."""
         new, end = self._queue.get(), time.monotonic() + 0.02
         while 1 + self._queue.qsize() < expected and time.monotonic() < end:
             time.sleep(0.001)
@@ -280,7 +282,7 @@ class Database:
                 self._commit()
         except BaseException as error:
             for each in batch:
-                each.error = error
+                each.error = each.error or error  # a refused file stays refused
 
     def _apply(self, each: Write) -> None:
         """Runs the operation. When it breaks, it is undone alone."""
@@ -407,8 +409,8 @@ class Database:
     def add_document(self, publishing: Future[Document]) -> Future[Document]:
         """Adds this document as soon as its file is published. The result is this document; or the document that the
         owner uploaded under the same Idempotency-Key before, and then the new file is listed for removal."""
-        new = Write(lambda: self._add_document(publishing.result()), needs_sync=True)  # its result is there by then
-        publishing.add_done_callback(lambda _: self._submit(new))
+        new = Write(lambda: self._add_document(publishing.result()), needs_sync=True)
+        publishing.add_done_callback(lambda _: self._submit(new))  # so `result` never waits
         return new.future
 
     def _add_document(self, new: Document) -> Document:
@@ -458,8 +460,11 @@ class Database:
         self._writer.executemany("DELETE FROM deleted_files WHERE document_id = ?", [(each,) for each in document_ids])
 
     def result(self, document_id: str) -> str | None:
-        """What the pipeline returned, as JSON; None when the document is not COMPLETED or has just been deleted."""
-        return first(str, self._reader.execute("SELECT result FROM results WHERE document_id = ?", (document_id,)))
+        """The document's state and what the pipeline returned, as a JSON object; None unless it is COMPLETED."""
+        return first(str, self._reader.execute(
+            "SELECT json_object('document_id', document_id, 'status', status, 'completed_at', finished_at,"
+            " 'result', json(result)) FROM results JOIN documents USING (document_id) WHERE document_id = ?",
+            (document_id,)))
 
     # The queue: PROCESSING without a run_id waits for a worker
 
@@ -503,10 +508,11 @@ class Database:
         self._writer.execute("INSERT INTO results VALUES (?, ?)", (document_id, result))
 
     @write
-    def fail(self, run_id: str, document_id: str, code: str, message: str, retryable: bool) -> None:
+    def fail(self, run_id: str, document_id: str, error: Mapping[str, Any]) -> None:
+        """`error` is like INTERRUPTED."""
         self._update_run(
             run_id, document_id, "status = 'FAILED', run_id = NULL, message = ?, error = ?, finished_at = ?",
-            message, json.dumps({"code": code, "message": message, "retryable": retryable}), utc_now())
+            error["message"], json.dumps(error), utc_now())
 
     def _update_run(self, run_id: str, document_id: str, assignments: str, *values: Any) -> None:
         """Raises RunEnded, and writes nothing, unless the document still belongs to this run."""
@@ -532,7 +538,7 @@ class Database:
         requeued = self._writer.execute(
             "UPDATE documents SET run_id = NULL, progress = 0, started_at = NULL, message = 'waiting for a worker',"
             f" updated_at = :stamp WHERE {lost} AND attempts < :max_attempts RETURNING {COLUMNS}", values).fetchall()
-        # For a clock that was set back: later requests would be processed before these.
+        # After a clock was set back: a document that was queued before would wait behind all that are queued now.
         self._writer.execute(f"UPDATE documents SET queued_at = :stamp WHERE {WAITING} AND queued_at > :stamp", values)
         return [Document(*row) for row in failed + requeued]
 

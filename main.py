@@ -68,7 +68,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import auth
 from db import Database, Document, InDoubt, RunEnded, Session, Status, Throttled, User, utc_now
 from storage import (DOCX, MEDIA_TYPES, PDF, START_BYTES, BadDocument, Incoming, LocalStorage, Storage, check_is_whole,
-                     fsync_folder, make_folder, private)
+                     fsync_folder, make_folder, private_opener)
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
@@ -117,8 +117,8 @@ def log_event(event: str, level: int = logging.INFO, *, failure: BaseException |
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line, in ASCII. Long texts lose their beginning, since a pipe takes only short lines whole
-    (PIPE_BUF, pipe(7)), and longer ones of several processes may mix."""
+    """One JSON object a line, in ASCII. Long texts are cut, since long lines of several processes may mix in a pipe
+    (pipe(7), PIPE_BUF)."""
 
     def format(self, record: logging.LogRecord) -> str:
         event = record.getMessage()
@@ -276,7 +276,7 @@ class Problem(Exception, Response):
         content = {
             "title": HTTPStatus(status).phrase, "status": status, "detail": detail or usual_detail, "code": code,
             "request_id": request_id_of_context.get(), **members}
-        if code == "invalid_grant":  # RFC 6749, 5.2
+        if code == "invalid_grant":  # OAuth 2's names for it (RFC 6749, 5.2)
             content |= {"error": code, "error_description": content["detail"]}
         Response.__init__(
             self, json.dumps(content), status, {**usual_headers, **(headers or {})}, "application/problem+json")
@@ -360,9 +360,7 @@ class RequestMiddleware:
                 exchange.request_body_unread = False  # the grace is over: no time is left to read the rest
             await problem(scope, exchange.receive, exchange.send)
         finally:
-            # A path may hold secrets too: a quoted query, or the user of a whole URL.
-            path = re.sub(r"(?s)^/?([^/]*:)?//[^/]*|\?.*", "", scope["path"].removeprefix(scope.get("root_path", "")))
-            log_event("request", method=request.method, path=path, status=exchange.status,
+            log_event("request", method=request.method, path=logged_path(scope), status=exchange.status,
                       duration_ms=round(1000 * (time.perf_counter() - start), 3), client=client_address(request),
                       user=scope.get("state", {}).get("username"))
 
@@ -379,7 +377,7 @@ class Exchange:
         self._receive, self._send, headers = receive, send, request.headers
         self.status = 0  # of the answer, once that has begun
         self.request_body_unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
-        self._expects_100 = "expect" in headers
+        self._expects_100, self._says_close = "expect" in headers, False
 
     async def receive(self) -> Message:
         message = await self._receive()
@@ -388,10 +386,12 @@ class Exchange:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.status, headers = message["status"], MutableHeaders(raw=message["headers"])
+            self.status = message["status"]
+            headers = MutableHeaders(raw=message["headers"])
             headers.setdefault("Cache-Control", "no-store")
             if self.request_body_unread and self._expects_100:  # a refused body may never come: RFC 9110, 10.1.1
                 headers["Connection"] = "close"
+            self._says_close = headers.get("Connection") == "close"
             message["headers"] = [*message["headers"], (b"x-request-id", request_id_of_context.get().encode()),
                                   (b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY")]
             if self.request_body_unread:
@@ -403,14 +403,20 @@ class Exchange:
 
     async def _drain_and_end(self) -> None:
         """Reads the rest of the request. If that goes on for too long, the answer gets no end, so that uvicorn closes
-        the connection. A 408 gets its end anyway: its header `Connection: close` has the same effect."""
-        is_408, drained = self.status == 408, 0
+        the connection; but an answer that says `Connection: close` gets its end, and waits only for a moment."""
+        drained = 0
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(2 if is_408 else DRAIN_SECONDS):  # a 408's client had its time
+            async with asyncio.timeout(2 if self._says_close else DRAIN_SECONDS):
                 while self.request_body_unread and drained < DRAIN_BYTES:
                     drained += len((await self.receive()).get("body", b""))
-        if is_408 or not self.request_body_unread:
+        if self._says_close or not self.request_body_unread:
             await self._send({"type": "http.response.body"})
+
+
+def logged_path(scope: Scope) -> str:
+    """The path, without what may be secret in an odd one: `?` and more (sent as %3F), `//user:password@host`."""
+    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    return re.sub(r"(?s)^/?([^/]*:)?//[^/]*|\?.*", "", path)
 
 
 def client_address(request: Request) -> str:
@@ -440,16 +446,16 @@ class Service:
         self._loop, self._batch_ended = asyncio.get_running_loop(), asyncio.Event()
         self.db.after_batch = self._wake_loop
         self.password_checks = asyncio.Semaphore(2)  # scrypt takes 16 MiB and a processor
-        self.logins: list[str] = []  # the throttle key of each that is under way
+        self.logins_under_way: list[str] = []  # the throttle key of each
         self.workers = Workers(self, pipeline or functools.partial(
             simulated_pipeline, seconds=settings.process_seconds))
 
     async def committed(self, write: Future[T], extra_seconds: float = 0) -> T:
-        """What a write to the database returned, once it is on disk. Raises InDoubt when that takes too long: it will
-        be written all the same, as soon as that is possible. (`asyncio.wrap_future` would cancel it.)"""
+        """What a write to the database returned, once it is on disk. Raises InDoubt when the commit takes too long; the
+        write stays in the committer's queue. (`asyncio.wrap_future` would take it out of there.)"""
         try:
             async with asyncio.timeout(WRITE_SECONDS + extra_seconds):
-                while not write.done():  # writes are done before `set`, which wakes all who wait: none is missed
+                while not write.done():  # the committer sets the event after the futures, so no end is missed
                     self._batch_ended.clear()
                     await self._batch_ended.wait()
         except TimeoutError:
@@ -496,20 +502,21 @@ def open_stores(settings: Settings, storage: Storage | None = None) -> tuple[Dat
     """The database, and the storage of the documents' files: the one given, or the folder `files`."""
     try:
         make_folder(settings.data_dir)
-        files = storage or LocalStorage(settings.data_dir / "files")
+        storage = storage or LocalStorage(settings.data_dir / "files")
     except OSError as error:
         raise ValueError(f"DOCS_DATA_DIR: should be a folder that can be used ({error.strerror})") from error
-    return Database(settings.data_dir / "documents.db", files.sync, files.keys), files
+    return Database(settings.data_dir / "documents.db", storage.sync, storage.keys), storage
 
 
 def secret_file(db: Database, path: Path) -> str:
     """The secret in this file, made when there is none. Of several processes at once, one makes it."""
     with db.lock():
-        if not path.exists() or not path.stat().st_size:
-            path.unlink(missing_ok=True)  # an empty file may be open to others
-            with open(path, "w", opener=private) as file:
+        if not path.exists():
+            part = path.with_suffix(".part")
+            with open(part, "w", opener=private_opener) as file:
                 print(secrets.token_urlsafe(32), end="", file=file, flush=True)
                 os.fsync(file.fileno())
+            part.replace(path)
             fsync_folder(path.parent)
         return path.read_text().strip()
 
@@ -544,8 +551,8 @@ def or_404(row: T | None) -> T:
 
 
 class DocumentOfCaller(SessionBearer):
-    """The document of the path, if it is the caller's; any other is unknown. The class checks the token too: a second
-    dependency for that would make a request 5 % slower."""
+    """The document of the path, if it is the caller's; any other is unknown. A subclass, since a dependency of its own
+    for the token would make a request 5 % slower."""
 
     async def __call__(self, document_id: uuid.UUID, request: Request) -> Document:  # type: ignore[override]
         user = await super().__call__(request)
@@ -570,11 +577,12 @@ async def body_chunks(request: Request, limit: int, seconds: float) -> AsyncIter
     """The body as it comes: all of it within these seconds, and each piece within the idle time."""
     if int(request.headers.get("content-length", 0)) > limit:
         raise Problem("too_large")
-    loop, size, more = asyncio.get_running_loop(), 0, True
-    idle_seconds, end = service_of(request).settings.upload_idle_seconds, loop.time() + seconds
+    idle_seconds = service_of(request).settings.upload_idle_seconds
+    now = asyncio.get_running_loop().time
+    end, size, more = now() + seconds, 0, True
     while more:
         try:
-            async with asyncio.timeout_at(min(end, loop.time() + idle_seconds)):
+            async with asyncio.timeout_at(min(end, now() + idle_seconds)):
                 message = await request.receive()
         except TimeoutError:
             raise Problem("upload_timeout") from None
@@ -624,8 +632,8 @@ class MultipartFile(MultipartParser):
             "on_header_value": lambda data, start, end: self._headers[bytes(self._header_name)].extend(data[start:end]),
             "on_headers_finished": self._on_headers_finished, "on_part_data": self._on_part_data},
             max_header_count=SMALL_BODY, max_header_size=SMALL_BODY)
-        # A preamble is allowed (RFC 2046, 5.1.1), but not by the parser. So it begins inside a part, whose data is
-        # dropped, with the line break that the first boundary of a body without a preamble lacks.
+        # The parser refuses a preamble, which RFC 2046, 5.1.1 allows. So it begins inside of a part, whose data is
+        # dropped, and a line break comes first, as the parser wants one before the boundary that ends a part.
         self._in_file, self.state = False, MultipartState.PART_DATA
         self.write(b"\r\n")
 
@@ -676,8 +684,8 @@ def shown_filename(name: str) -> str:
 
 async def receive_file(request: Request, incoming: Incoming) -> None:
     """Reads the body into `incoming`. What an upload holds beyond its share of memory is written in a thread."""
-    form, body_size = MultipartFile(request.headers.get("content-type"), incoming), 0
-    service = service_of(request)
+    form = MultipartFile(request.headers.get("content-type"), incoming)
+    service, body_size = service_of(request), 0
     max_size = service.settings.max_upload_bytes
     async for chunk in body_chunks(request, max_size + SMALL_BODY, UPLOAD_SECONDS):
         body_size += form.write(chunk)
@@ -746,8 +754,8 @@ class Workers:
         self.stopping, self._grace_end = False, math.inf  # by time.monotonic()
 
     def wake(self) -> None:
-        """A document waits: an idle thread looks for it, and a busy thread will when its run has ended. (A thread that
-        has just found nothing counts as busy for a moment: then `look_after_runs` wakes it, within a second.)"""
+        """Lets an idle thread look for a waiting document. Busy threads look when their run has ended, or if they have
+        just found nothing, when `look_after_runs` calls this again."""
         if not self.stopping and len(self._busy) < self._settings.process_workers:
             self._pool.submit(self._work)
 
@@ -819,7 +827,8 @@ class Workers:
     def _fail(self, run_id: str, document: Document, start: float, failure: BaseException, code: str,
               message: str) -> None:
         message = message.encode(errors="replace").decode()  # a lone surrogate fits no database
-        self._db.fail(run_id, document.document_id, code, message, retryable=code == "pipeline_error").result()
+        error = {"code": code, "message": message, "retryable": code == "pipeline_error"}
+        self._db.fail(run_id, document.document_id, error).result()
         log_run("process_failed", document, start, failure=failure, error=code)
 
 
@@ -839,7 +848,7 @@ router = APIRouter(responses={"default": {
 IDEMPOTENCY_KEY = "[!-~]{1,128}"
 
 
-@router.post(  # two routes for one path: the lower one comes first and serves it, this one is for /docs
+@router.post(  # this route is only for /docs: the plain one below is added first and serves the path
     "/documents/upload", tags=["documents"], summary="Upload a PDF or DOCX", status_code=201,
     response_model=DocumentOut, dependencies=[Depends(signed_in)], openapi_extra={
         "parameters": [{"name": "Idempotency-Key", "in": "header", "required": False, "description": "one for a file",
@@ -847,12 +856,13 @@ IDEMPOTENCY_KEY = "[!-~]{1,128}"
         "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {
             "type": "object", "required": ["file"],
             "properties": {"file": {"type": "string", "format": "binary", "description": "PDF or DOCX"}}}}}}})
-@router.route("/documents/upload", ["POST"])  # FastAPI's handling would take a sixth of a small upload's time
+@router.route("/documents/upload", ["POST"])  # FastAPI's route would take a sixth of a small upload's time
 async def upload(request: Request) -> Response:
     """Stores one file, which after the 201 survives a crash or a power loss. With an `Idempotency-Key` a repeated
     upload answers the first document again. Errors: `malformed_body`, `upload_timeout`, `too_large`,
     `unsupported_media_type`, `idempotency_key_reused`, `insufficient_storage`."""
-    user, service = await signed_in(request), service_of(request)
+    user = await signed_in(request)
+    service = service_of(request)
     idempotency_key = request.headers.get("idempotency-key")
     if idempotency_key is not None and not re.fullmatch(IDEMPOTENCY_KEY, idempotency_key):
         raise validation_error("Use 1 to 128 visible ASCII characters.", "header", "Idempotency-Key")
@@ -924,10 +934,8 @@ async def get_result(document: OwnDocument, request: Request) -> Response:
         code = {"UPLOADED": "not_processed", "PROCESSING": "still_processing", "FAILED": "processing_failed"}[
             document.status]
         raise Problem(code, **({"error": json.loads(document.error)} if document.error else {}))
-    result = or_404(service_of(request).db.result(document.document_id))  # else it was deleted a moment ago
-    others = json.dumps({
-        "document_id": document.document_id, "status": document.status, "completed_at": document.finished_at})
-    return Response(f'{others[:-1]}, "result": {result}}}', media_type="application/json")  # `result` is JSON
+    answer = or_404(service_of(request).db.result(document.document_id))  # else it was deleted a moment ago
+    return Response(answer, media_type="application/json")
 
 
 CURSOR = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z_[0-9a-f-]{36}$"  # created_at and id of the last document of a page
@@ -1003,8 +1011,8 @@ def form_or_json(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def tokens_of(service: Service, session: Session) -> Tokens:
-    """A new access token, and the current refresh token, whose text depends on the session alone, so refreshes within
-    REFRESH_GRACE get the same."""
+    """A new access token, and the session's current refresh token, whose text is always the same: so refreshes within
+    REFRESH_GRACE get the same successor."""
     settings, ids = service.settings, (session.user_id, session.session_id)
     now, rotated_at, end = int(time.time()), int(session.rotated_at), int(session.expires_at)
     access = auth.Claims(*ids, str(uuid.uuid4()), now, min(now + settings.access_token_seconds, end))
@@ -1018,13 +1026,14 @@ def tokens_of(service: Service, session: Session) -> Tokens:
              openapi_extra=form_or_json(Credentials))
 async def login(request: Request) -> Tokens:
     """Gives an access and a refresh token (OAuth 2 password grant). Errors: `invalid_grant`, `too_many_attempts`."""
-    service, sent, client = service_of(request), await read_fields(request, Credentials), client_address(request)
+    sent = await read_fields(request, Credentials)
+    service, client = service_of(request), client_address(request)
     throttle_key, name_hash = auth.throttle_key(client), service.signer.name_hash(sent.username)
-    if service.logins.count(throttle_key) >= LOGINS_AT_ONCE:
+    if service.logins_under_way.count(throttle_key) >= LOGINS_AT_ONCE:
         raise Problem("too_many_attempts")
     user = service.db.user(sent.username)
     name = user.username if user else None  # an unknown one may be a password in the wrong field: it is not logged
-    service.logins.append(throttle_key)
+    service.logins_under_way.append(throttle_key)
     try:
         async with service.password_checks:
             if await request.is_disconnected():  # then scrypt would be for nobody
@@ -1037,7 +1046,7 @@ async def login(request: Request) -> Tokens:
         log_event("login_throttled", logging.WARNING, user=name, client=client)
         raise
     finally:
-        service.logins.remove(throttle_key)
+        service.logins_under_way.remove(throttle_key)
     if session is None:
         log_event("login_failed", logging.WARNING, user=name, client=client)
         raise Problem("invalid_grant", "Wrong user name or password.")
@@ -1051,7 +1060,8 @@ async def login(request: Request) -> Tokens:
 async def refresh(request: Request) -> Tokens:
     """Replaces the refresh token. The old token gives the same successor for 10 seconds more, unless the successor was
     used. Any later use of the old token ends the session (RFC 9700, 4.14.2). Error: `invalid_grant`."""
-    service, sent = service_of(request), await read_fields(request, RefreshToken)
+    sent = await read_fields(request, RefreshToken)
+    service = service_of(request)
     with contextlib.suppress(auth.InvalidToken):
         used = service.signer.verify(auth.REFRESH, sent.refresh_token)
         if session := await service.committed(service.db.rotate(used.sid, used.sub, used.jti)):
@@ -1067,7 +1077,8 @@ async def refresh(request: Request) -> Tokens:
              openapi_extra=form_or_json(RefreshToken))
 async def logout(request: Request) -> None:
     """Ends the session: its access and refresh tokens stop working at once."""
-    service, sent = service_of(request), await read_fields(request, RefreshToken)
+    sent = await read_fields(request, RefreshToken)
+    service = service_of(request)
     with contextlib.suppress(auth.InvalidToken):  # 204 all the same (RFC 7009, 2.2)
         claims = service.signer.verify(auth.REFRESH, sent.refresh_token, allow_expired=True)
         if username := await service.committed(service.db.end_session(claims.sid, claims.sub)):
@@ -1212,10 +1223,10 @@ def main(storage: Storage | None = None) -> int:
                 raise ValueError("a name has 1 to 128 characters, a password 8 to 1,024")
         elif not (settings.data_dir / "documents.db").exists():
             raise ValueError(f"there is no database in {settings.data_dir}")
-        db, files = open_stores(settings, storage)
+        db, storage = open_stores(settings, storage)
         with contextlib.closing(db):
             if chosen.command == "check":
-                return check_files(db, files, settings.data_dir)
+                return check_files(db, storage, settings.data_dir)
             if chosen.command == "add-user":
                 db.set_user(chosen.name, auth.hash_password(password)).result()
             elif not db.remove_user(chosen.name).result():

@@ -23,7 +23,7 @@ PDF = "application/pdf"
 DOCX = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
 MEDIA_TYPES = {".pdf": PDF, ".docx": DOCX}
 
-private = functools.partial(os.open, mode=0o600)  # an `opener` of files that only their owner may read
+private_opener = functools.partial(os.open, mode=0o600)  # of files that only their owner may read
 KEY = re.compile(r"[A-Za-z0-9-]{1,64}")
 START_BYTES = 1024  # `%PDF-` comes within them
 
@@ -77,7 +77,7 @@ class LocalStorage:
 
     def create(self, key: str) -> BinaryIO:
         # Unbuffered: a buffered open costs four more system calls, and a small upload is a single write.
-        return cast(BinaryIO, open(self._path(key) + ".part", "x+b", buffering=0, opener=private))
+        return cast(BinaryIO, open(self._path(key) + ".part", "x+b", buffering=0, opener=private_opener))
 
     def publish(self, key: str, file: BinaryIO) -> None:
         with file:

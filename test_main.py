@@ -262,8 +262,8 @@ def test_every_file_is_private_whatever_the_folder(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         stack.callback(os.umask, os.umask(0))
         data.mkdir(mode=0o755)
-        for name in (".gitkeep", "jwt-secret"):  # the latter as a crash may leave it
-            (data / name).touch(0o644)
+        (data / ".gitkeep").touch(0o644)
+        (data / "jwt-secret.part").touch(0o600)  # as a crash may leave it
         uploaded(stack.enter_context(running(settings_in(tmp_path, admin_password=None))))
         modes = {path.name: path.stat().st_mode & 0o777 for path in data.rglob("*")}
     assert (modes.pop(".gitkeep"), modes.pop("files"), {*modes.values()}) == (0o644, 0o700, {0o600})
@@ -1738,10 +1738,9 @@ def test_uploads_that_wait_together_share_one_sync_and_its_failure(
 
 
 def test_a_write_that_breaks_changes_nothing(tmp_path: Path) -> None:
-    data = tmp_path / "data"
     db, _ = main.open_stores(settings_in(tmp_path))
-    with contextlib.closing(db), (data / "documents.db.lock").open() as lock:
-        sql(data, "INSERT INTO deleted_files VALUES ('a')")
+    with contextlib.closing(db), (tmp_path / "data" / "documents.db.lock").open() as lock:
+        sql(tmp_path / "data", "INSERT INTO deleted_files VALUES ('a')")
         fcntl.flock(lock, fcntl.LOCK_EX)
         db.check_writable()  # waits for the lock; then the others share a transaction
         broken, good = db.forget_files(["a", cast(str, object())]), db.set_user("bob", "hash")
@@ -1960,7 +1959,8 @@ def test_a_fault_at_any_step_is_answered_and_got_over(steps: Steps, caplog: pyte
         key = {"Idempotency-Key": "key"}
         assert upload(client, PDF, "a.pdf", **key).status_code == 201
         fault[:] = "COMMIT", -1, of_database
-        assert upload(client, PDF + b"\n", "a.pdf", **key).json()["code"] == "unavailable"  # so is a refusal
+        assert upload(client, PDF + b"\n", "a.pdf", **key).json()["code"] == "unavailable"  # that of its row
+        assert upload(client, docx()[:60], "a.docx").status_code == 415  # it adds no row
         fault.clear()
         for step, times, failure in [("open", 0, io_error), *(
                 (step, times, of_database) for times in range(7) for step in ("BEGIN", "COMMIT"))]:
