@@ -93,9 +93,8 @@ class Throttled(Exception):
     """Too many logins failed. `args[0]` is the number of seconds until the next login is looked at."""
 
 
-class RunEnded(BaseException):
-    """The run has to end: its document was deleted or taken over, or the grace of a shutdown is over. Not an Exception,
-    so that an `except Exception` of the pipeline lets it pass."""
+class RunEnded(Exception):
+    """The run has to end: its document was deleted or taken over, or the grace of a shutdown is over."""
 
 
 class Status(StrEnum):
@@ -198,11 +197,13 @@ class Database:
     @staticmethod
     def _usable_version(path: Path, keys: Callable[[], Iterator[str]]) -> int:
         """How many of MIGRATIONS have run. Raises ValueError when the file is not ours, or was lost."""
-        version, tables = 0, set[str]()
+        wal, version, tables = path.with_name(path.name + "-wal"), 0, set[str]()
         if path.exists() and path.stat().st_size:
             with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
                 (version,) = connection.execute("PRAGMA user_version").fetchone()
                 tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_schema")}
+        elif wal.exists() and wal.stat().st_size:  # SQLite would remove it
+            raise ValueError(f"there is a write-ahead log, but {path} is missing: was it lost?")
         if version > len(MIGRATIONS) or (tables and not (version and "sessions" in tables)):
             raise ValueError(f"{path} belongs to another program or to a later version of this one")
         if not tables and next(keys(), None):

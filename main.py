@@ -332,7 +332,7 @@ class RequestMiddleware:
     """What holds for every request: its id, its headers, its line in the log, `HEAD`, and the answer to its failure."""
 
     def __init__(self, app: ASGIApp) -> None:
-        self.app, self.ids = app, random.Random()  # os.urandom for each would slow down small uploads by 7 %
+        self.app, self.random = app, random.Random()  # request ids are no secret
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -341,7 +341,7 @@ class RequestMiddleware:
         scope["headers"] = [header for header in scope["headers"] if header[0] != b"cookie"]
         start, request = time.perf_counter(), Request(scope)
         sent_id = re.fullmatch(r"[A-Za-z0-9._-]{1,64}", request.headers.get("x-request-id", ""))
-        request_id_of_context.set(sent_id[0] if sent_id else self.ids.randbytes(16).hex())
+        request_id_of_context.set(sent_id[0] if sent_id else self.random.randbytes(16).hex())
         exchange = Exchange(request, receive, send)
         # uvicorn leaves out the body of an answer to HEAD by itself.
         inner_scope = {**scope, "method": "GET", "head": True} if request.method == "HEAD" else scope
@@ -442,7 +442,7 @@ class Service:
         secret = settings.jwt_secret or secret_file(self.db, settings.data_dir / "jwt-secret").encode()
         self.signer = auth.TokenSigner(secret)
         self.publishers = ThreadPoolExecutor(self.storage.parallel, "publisher")
-        self.open_uploads, self.ids = 0, random.Random()
+        self.open_uploads = 0
         self._loop, self._batch_ended = asyncio.get_running_loop(), asyncio.Event()
         self.db.after_batch = self._wake_loop
         self.password_checks = asyncio.Semaphore(2)  # scrypt takes 16 MiB and a processor
@@ -739,8 +739,8 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
 
 class Workers:
     """The worker threads of this process. Each claims a queued document and calls the pipeline with it: that is a run.
-    Whatever the storage or the pipeline raises makes the document FAILED, except RunEnded. When that can't be written,
-    the run just ends, like one whose process died.
+    A missing file makes the document FAILED, and so does whatever the pipeline raises, except RunEnded. Where storage
+    or database fail otherwise, the run just ends, like one whose process died.
 
     The queue is in the database, shared by all processes. `wake` lets an idle thread look there; `look_after_runs`
     calls it at least each second while documents wait, so nothing depends on the process that took the request.
@@ -809,10 +809,17 @@ class Workers:
             if time.monotonic() > self._grace_end:
                 raise RunEnded
             percent = max(0, min(int(percent), 99))
-            self._db.record_progress(run_id, document.document_id, percent, message).result()
+            try:
+                self._db.record_progress(run_id, document.document_id, percent, message).result()
+            except (sqlite3.Error, OSError) as failure:  # no fault of the pipeline, and no harm
+                log_event("storage_error", logging.ERROR, failure=failure)
 
         try:
-            with self._storage.open(document.document_id) as file:
+            file = self._storage.open(document.document_id)
+        except FileNotFoundError as failure:
+            return self._fail(run_id, document, start, failure, "file_missing", "The stored file is gone.")
+        try:
+            with file:
                 result = json.dumps(self._pipeline(file, document, progress), allow_nan=False)
         except RunEnded:
             raise
@@ -826,6 +833,8 @@ class Workers:
 
     def _fail(self, run_id: str, document: Document, start: float, failure: BaseException, code: str,
               message: str) -> None:
+        if time.monotonic() > self._grace_end:  # the pipeline may have wrapped what `progress` raised
+            raise RunEnded from failure
         message = message.encode(errors="replace").decode()  # a lone surrogate fits no database
         error = {"code": code, "message": message, "retryable": code == "pipeline_error"}
         self._db.fail(run_id, document.document_id, error).result()
@@ -866,7 +875,7 @@ async def upload(request: Request) -> Response:
     idempotency_key = request.headers.get("idempotency-key")
     if idempotency_key is not None and not re.fullmatch(IDEMPOTENCY_KEY, idempotency_key):
         raise validation_error("Use 1 to 128 visible ASCII characters.", "header", "Idempotency-Key")
-    incoming = Incoming(service.storage, str(uuid.UUID(bytes=service.ids.randbytes(16), version=4)))
+    incoming = Incoming(service.storage, str(uuid.uuid4()))
     service.open_uploads += 1
     try:
         await receive_file(request, incoming)
@@ -1239,16 +1248,16 @@ def main(storage: Storage | None = None) -> int:
 
 
 def check_files(db: Database, storage: Storage, folder: Path) -> int:
-    """Prints which files and documents lack each other; 1 when there is one. It looks twice, since uploads and
-    deletions go on."""
+    """Prints which files and documents lack each other; 1 when there is one."""
     def lacking() -> set[str]:
-        ids, keys = db.document_ids(), set(storage.keys())
-        return ({f"no document has the file {key}" for key in keys - ids - set(db.deleted_files())}
+        ids, deleted = db.document_ids(), set(db.deleted_files())
+        keys = set(storage.keys())  # last: a file that goes earlier is not listed
+        return ({f"no document has the file {key}" for key in keys - ids - deleted}
                 | {f"the document {document_id} has no file" for document_id in ids - keys})
 
     found = lacking()
     time.sleep(1)
-    found &= lacking()
+    found &= lacking()  # what uploads and deletions are changing is not found twice
     print(*sorted(found), f"{len(found)} files and documents lack each other in {folder}", sep="\n")
     return 1 if found else 0
 
