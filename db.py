@@ -28,7 +28,7 @@ T = TypeVar("T")
 # PRAGMA user_version is the number of these that have run.
 MIGRATIONS = ("""
 CREATE TABLE users (user_id TEXT PRIMARY KEY, username TEXT NOT NULL UNIQUE, password_hash TEXT NOT NULL) STRICT;
-CREATE TABLE sessions (  -- two more columns are added below
+CREATE TABLE sessions (  -- see also the ALTER TABLEs
     session_id TEXT PRIMARY KEY,
     user_id TEXT NOT NULL REFERENCES users ON DELETE CASCADE,
     refresh_jti TEXT NOT NULL,  -- the current refresh token
@@ -61,7 +61,7 @@ CREATE TABLE results (
 """, """
 ALTER TABLE sessions ADD COLUMN previous_jti TEXT;  -- the refresh token before it, which may be used again for a moment
 ALTER TABLE sessions ADD COLUMN rotated_at REAL NOT NULL DEFAULT 0;  -- when the current refresh token was issued
-DROP TABLE IF EXISTS login_failures; DROP INDEX IF EXISTS documents_in_work;  -- older versions made both
+DROP TABLE IF EXISTS login_failures; DROP INDEX IF EXISTS documents_in_work;  -- of the first version
 CREATE TABLE login_failures (name_hash TEXT NOT NULL, client TEXT NOT NULL, failed_at REAL NOT NULL) STRICT;
 CREATE INDEX login_failures_of ON login_failures (name_hash, client, failed_at);
 CREATE INDEX login_failures_at ON login_failures (failed_at);
@@ -283,14 +283,14 @@ class Database:
                 self._commit()
         except BaseException as error:
             for each in batch:
-                each.error = each.error or error  # a refused file stays refused
+                each.error = each.error or error  # what `_apply` found wrong with one write says more
 
     def _apply(self, each: Write) -> None:
         """Runs the operation. When it breaks, it is undone alone."""
         self._writer.execute("SAVEPOINT operation")
         try:
             each.result = each.operation()
-        except BaseException as error:  # also what a storage raised that is no Exception
+        except BaseException as error:  # a storage's own, too, from `publishing` of `add_document`
             if not self._writer.in_transaction:  # SQLite has rolled back the whole batch, as when the disk is full
                 raise
             each.error = error
@@ -347,26 +347,26 @@ class Database:
         """Removes the user with sessions and documents, whose files the trigger lists. False: there is no such user."""
         return self._writer.execute("DELETE FROM users WHERE username = ?", (username,)).rowcount == 1
 
-    def check_throttle(self, name_hash: str, client: str, connection: sqlite3.Connection | None = None) -> None:
+    def check_throttle(self, name_hash: str, throttle_key: str, connection: sqlite3.Connection | None = None) -> None:
         """Raises Throttled when too many logins with this name from this address have failed."""
         now = time.time()
         failures = (connection or self._reader).execute(
             "SELECT failed_at FROM login_failures WHERE name_hash = ? AND client = ? AND failed_at BETWEEN ? AND ?"
             " ORDER BY failed_at DESC LIMIT ?",
-            (name_hash, client, now - FAILURE_WINDOW, now, FAILURE_LIMIT)).fetchall()
+            (name_hash, throttle_key, now - FAILURE_WINDOW, now, FAILURE_LIMIT)).fetchall()
         if len(failures) == FAILURE_LIMIT:
             raise Throttled(failures[-1][0] + FAILURE_WINDOW - now)
 
     @write
-    def record_login(self, user: User | None, name_hash: str, client: str) -> Session | None:
+    def record_login(self, user: User | None, name_hash: str, throttle_key: str) -> Session | None:
         """Opens a session for a user whose password was right; `user=None` records a failed login. Raises Throttled
         too, since parallel guesses may have passed `check_throttle` together."""
-        self.check_throttle(name_hash, client, self._writer)
+        self.check_throttle(name_hash, throttle_key, self._writer)
         now = time.time()
         if user is None:
             self._writer.execute(
                 "DELETE FROM login_failures WHERE failed_at < ? OR failed_at > ?", (now - FAILURE_WINDOW, now))
-            self._writer.execute("INSERT INTO login_failures VALUES (?, ?, ?)", (name_hash, client, now))
+            self._writer.execute("INSERT INTO login_failures VALUES (?, ?, ?)", (name_hash, throttle_key, now))
             return None
         new = Session(
             str(uuid.uuid4()), user.user_id, user.username, now + SESSION_SECONDS, str(uuid.uuid4()), now)
@@ -374,7 +374,7 @@ class Database:
             "INSERT INTO sessions (session_id, user_id, refresh_jti, rotated_at, expires_at)"
             " SELECT ?, user_id, ?, ?, ? FROM users WHERE user_id = ? AND password_hash = ?",
             (new.session_id, new.refresh_jti, now, new.expires_at, user.user_id, user.password_hash)).rowcount
-        self._writer.execute("DELETE FROM login_failures WHERE name_hash = ? AND client = ?", (name_hash, client))
+        self._writer.execute("DELETE FROM login_failures WHERE name_hash = ? AND client = ?", (name_hash, throttle_key))
         self._writer.execute(
             "DELETE FROM sessions WHERE expires_at < ? OR (user_id = ? AND rowid NOT IN"
             " (SELECT rowid FROM sessions WHERE user_id = ? ORDER BY rowid DESC LIMIT ?))",
@@ -411,7 +411,7 @@ class Database:
         """Adds this document as soon as its file is published. The result is this document; or the document that the
         owner uploaded under the same Idempotency-Key before, and then the new file is listed for removal."""
         new = Write(lambda: self._add_document(publishing.result()), needs_sync=True)
-        publishing.add_done_callback(lambda _: self._submit(new))  # so `result` never waits
+        publishing.add_done_callback(lambda _: self._submit(new))  # not before, so `publishing.result()` never waits
         return new.future
 
     def _add_document(self, new: Document) -> Document:
@@ -523,7 +523,7 @@ class Database:
             raise RunEnded
 
     @write
-    def keep_leases(self, run_ids: Sequence[str], lease: float, max_attempts: int) -> list[Document]:
+    def renew_and_take_over(self, run_ids: Sequence[str], lease: float, max_attempts: int) -> list[Document]:
         """Records a sign of life for these runs. Ends all runs whose last one is more than a lease ago, or ahead (the
         clock was set back); returns their documents, which wait again, or are FAILED after the last attempt."""
         lost = f"{RUNNING} AND beat_at NOT BETWEEN :now - :lease AND :now + :lease"

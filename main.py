@@ -288,7 +288,7 @@ def validation_error(msg: str, *loc: str, code: str = "validation_error") -> Pro
 
 async def problem_of(request: Request, failure: BaseException) -> Problem:
     """What an exception, be it ours or a library's, tells the client. What the operator has to know is logged. FastAPI
-    calls it for its own exceptions, RequestMiddleware for all others. (Starlette runs a plain function in a thread.)"""
+    calls it for its own exceptions, RequestMiddleware for all others. (It is async, so that it runs in no thread.)"""
     match failure:
         case Problem():
             return failure
@@ -395,7 +395,7 @@ class Exchange:
             message["headers"] = [*message["headers"], (b"x-request-id", request_id_of_context.get().encode()),
                                   (b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY")]
             if self.request_body_unread:
-                await asyncio.sleep(0)  # if uvicorn has closed the connection (malformed body), this lets it notice
+                await asyncio.sleep(0)  # uvicorn may just have refused a malformed body: then it drops this answer
         elif self.request_body_unread and not message.get("more_body", False):
             await self._send({**message, "more_body": True})  # the last bytes of the answer, but not its end
             return await self._drain_and_end()
@@ -568,7 +568,7 @@ OwnDocument = Annotated[Document, Depends(DocumentOfCaller())]
 
 SMALL_BODY = 65536  # bytes: also what a multipart body may have around its file
 UPLOAD_SECONDS = 3600.0
-SLOWEST_STORAGE = 100_000  # bytes a second
+SLOWEST_STORAGE = 100_000  # bytes a second, by a guess: 50 MB may take ten minutes
 # Bytes in memory: an upload that holds more than HELD_BY_ONE, or more than its share of HELD_BY_ALL, writes them.
 HELD_BY_ONE, HELD_BY_ALL = 2 * 2**20, 24 * 2**20
 
@@ -754,8 +754,8 @@ class Workers:
         self.stopping, self._grace_end = False, math.inf  # by time.monotonic()
 
     def wake(self) -> None:
-        """Lets an idle thread look for a waiting document. Busy threads look when their run has ended, or if they have
-        just found nothing, when `look_after_runs` calls this again."""
+        """Lets an idle thread look for a waiting document. Busy threads look when their run has ended. (A thread that
+        has just found nothing still counts as busy: then the next call of `look_after_runs` wakes it.)"""
         if not self.stopping and len(self._busy) < self._settings.process_workers:
             self._pool.submit(self._work)
 
@@ -774,7 +774,7 @@ class Workers:
 
     async def look_after_runs(self) -> None:
         """Gives a sign of life for the runs of this process, ends runs whose process gives none, and wakes threads."""
-        for document in await self._committed(self._db.keep_leases(
+        for document in await self._committed(self._db.renew_and_take_over(
                 list(self._busy), self._settings.lease_seconds, self._settings.max_attempts)):
             event = "process_failed" if document.status == Status.FAILED else "process_requeued"
             log_run(event, document, error="interrupted")
@@ -880,7 +880,7 @@ async def upload(request: Request) -> Response:
     try:
         await receive_file(request, incoming)
         published = service.publishers.submit(publish, incoming, user.user_id, idempotency_key)
-        # Many uploads that end at once wait for each other, on a slow disk longer than other writes wait.
+        # Uploads that end together wait for each other's files, and a slow storage takes its time for a large file.
         extra_seconds = 4 * WRITE_SECONDS + incoming.size / SLOWEST_STORAGE
         document = await service.committed(service.db.add_document(published), extra_seconds)
         if document.sha256 != incoming.sha256.hexdigest():  # an earlier document under this key
@@ -888,7 +888,7 @@ async def upload(request: Request) -> Response:
                 "It was used for another file.", "header", "Idempotency-Key", code="idempotency_key_reused")
     except InDoubt:  # the row may be committed: only a file that certainly has no row is removed
         raise
-    except Exception:  # not CancelledError, at the end of a shutdown's grace: a publisher may be at work on the file
+    except Exception:  # a publisher may be at work on the file when CancelledError comes, at the end of the grace
         await run_in_threadpool(incoming.discard)
         raise
     finally:
