@@ -290,7 +290,7 @@ class Database:
         self._writer.execute("SAVEPOINT operation")
         try:
             each.result = each.operation()
-        except BaseException as error:  # a storage's own, too, from `publishing` of `add_document`
+        except BaseException as error:  # a storage's own, too, from `published` of `add_document`
             if not self._writer.in_transaction:  # SQLite has rolled back the whole batch, as when the disk is full
                 raise
             each.error = error
@@ -407,11 +407,11 @@ class Database:
 
     # Documents
 
-    def add_document(self, publishing: Future[Document]) -> Future[Document]:
+    def add_document(self, published: Future[Document]) -> Future[Document]:
         """Adds this document as soon as its file is published. The result is this document; or the document that the
         owner uploaded under the same Idempotency-Key before, and then the new file is listed for removal."""
-        new = Write(lambda: self._add_document(publishing.result()), needs_sync=True)
-        publishing.add_done_callback(lambda _: self._submit(new))  # not before, so `publishing.result()` never waits
+        new = Write(lambda: self._add_document(published.result()), needs_sync=True)
+        published.add_done_callback(lambda _: self._submit(new))  # not before, so `published.result()` never waits
         return new.future
 
     def _add_document(self, new: Document) -> Document:
