@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import errno
 import functools
+import gc
 import getpass
 import json
 import logging.config
@@ -332,7 +333,7 @@ class RequestMiddleware:
     """What holds for every request: its id, its headers, its line in the log, `HEAD`, and the answer to its failure."""
 
     def __init__(self, app: ASGIApp) -> None:
-        self.app, self.random = app, random.Random()  # see Service
+        self.app, self.random = app, random.Random()  # as in Service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -1152,6 +1153,7 @@ async def running_service(
     """
     log.setLevel(settings.log_level)
     raise_descriptor_limit()
+    gc.set_threshold(10_000)  # full collections, which stop everything for 20 ms, doubled the p99 of small uploads
     service = Service(settings, storage, pipeline)
     await service.add_administrator()
     tasks = [asyncio.create_task(work) for work in (
