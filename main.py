@@ -416,8 +416,7 @@ class Exchange:
 
 def logged_path(scope: Scope) -> str:
     """The path, without what may be secret in an odd one: `?` and more (sent as %3F), `//user:password@host`."""
-    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
-    return re.sub(r"(?s)^/?([^/]*:)?//[^/]*|\?.*", "", path)
+    return re.sub(r"(?s)^/?([^/]*:)?//[^/]*|\?.*", "", scope["path"].removeprefix(scope.get("root_path", "")))
 
 
 def client_address(request: Request) -> str:
