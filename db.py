@@ -61,7 +61,7 @@ CREATE TABLE results (
 """, """
 ALTER TABLE sessions ADD COLUMN previous_jti TEXT;  -- the refresh token before it, which may be used again for a moment
 ALTER TABLE sessions ADD COLUMN rotated_at REAL NOT NULL DEFAULT 0;  -- when the current refresh token was issued
-DROP TABLE IF EXISTS login_failures; DROP INDEX IF EXISTS documents_in_work;  -- of the first version
+DROP TABLE IF EXISTS login_failures; DROP INDEX IF EXISTS documents_in_work;  -- of version 1
 CREATE TABLE login_failures (name_hash TEXT NOT NULL, client TEXT NOT NULL, failed_at REAL NOT NULL) STRICT;
 CREATE INDEX login_failures_of ON login_failures (name_hash, client, failed_at);
 CREATE INDEX login_failures_at ON login_failures (failed_at);
@@ -510,7 +510,7 @@ class Database:
 
     @write
     def fail(self, run_id: str, document_id: str, error: Mapping[str, Any]) -> None:
-        """`error` is like INTERRUPTED."""
+        """`error` has the members of INTERRUPTED."""
         self._update_run(
             run_id, document_id, "status = 'FAILED', run_id = NULL, message = ?, error = ?, finished_at = ?",
             error["message"], json.dumps(error), utc_now())

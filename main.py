@@ -404,7 +404,7 @@ class Exchange:
 
     async def _drain_and_end(self) -> None:
         """Reads the rest of the request. If that goes on for too long, the answer gets no end, so that uvicorn closes
-        the connection; but an answer that says `Connection: close` gets its end, and waits only for a moment."""
+        the connection; but an answer that says `Connection: close` gets its end, after two seconds at most."""
         drained = 0
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(2 if self._says_close else DRAIN_SECONDS):
@@ -705,7 +705,7 @@ async def receive_file(request: Request, incoming: Incoming) -> None:
 
 
 def publish(incoming: Incoming, owner_id: str, idempotency_key: str | None) -> Document:
-    """Publishes the file, in a publisher's thread, and gives its row for the committer."""
+    """Publishes the file, in a publisher's thread. Returns the document, which the committer is to add."""
     incoming.finish()
     now = utc_now()
     return Document(
@@ -889,7 +889,7 @@ async def upload(request: Request) -> Response:
                 "It was used for another file.", "header", "Idempotency-Key", code="idempotency_key_reused")
     except InDoubt:  # the row may be committed: only a file that certainly has no row is removed
         raise
-    except Exception:  # a publisher may be at work on the file when CancelledError comes, at the end of the grace
+    except Exception:  # not CancelledError (the end of the grace): a publisher may be at work on the file then
         await run_in_threadpool(incoming.discard)
         raise
     finally:
@@ -1253,7 +1253,7 @@ def check_files(db: Database, storage: Storage, folder: Path) -> int:
     """Prints which files and documents lack each other; 1 when there is one."""
     def lacking() -> set[str]:
         ids, deleted = db.document_ids(), set(db.deleted_files())
-        keys = set(storage.keys())  # last: a file that goes earlier is not listed
+        keys = set(storage.keys())  # after the others, which so have the document of each file that goes meanwhile
         return ({f"no document has the file {key}" for key in keys - ids - deleted}
                 | {f"the document {document_id} has no file" for document_id in ids - keys})
 

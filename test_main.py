@@ -345,11 +345,15 @@ def test_no_file_is_removed_because_the_database_does_not_know_it(tmp_path: Path
     assert code == 1 and str(settings.data_dir) in told
     assert ["a-stray" in told, *(id_in(path) in told for path in (lost, kept, deleted))] == [True, True, False, False]
 
+    def delete_new(_: float) -> None:  # between the two looks
+        sql(settings.data_dir, "INSERT INTO deleted_files VALUES ('new')")
+
     def slow_keys(_: LocalStorage) -> Iterator[str]:
-        yield id_in(kept)
-        for table in ("documents", "deleted_files"):  # as if a server had deleted the document and its file meanwhile
+        yield from (id_in(kept), "new")
+        for table in ("documents", "deleted_files"):  # as if a server had deleted the documents and files meanwhile
             sql(settings.data_dir, f"DELETE FROM {table}")
     monkeypatch.setattr(LocalStorage, "keys", slow_keys)
+    monkeypatch.setattr(time, "sleep", delete_new)
     assert command(settings, "check")[0] == 0
 
 
