@@ -117,7 +117,6 @@ class Session(NamedTuple):
     expires_at: float
     refresh_jti: str  # of the current refresh token
     rotated_at: float  # when that token was issued
-    previous_jti: str | None = None  # of the token before it
 
 
 class Document(NamedTuple):
@@ -383,20 +382,18 @@ class Database:
 
     @write
     def rotate(self, session_id: str, user_id: str, used_jti: str) -> Session | None:
-        """Uses a refresh token, returns the session as it is then. The current token gets a successor, and is kept as
-        the previous token; the previous token, within REFRESH_GRACE, changes nothing. None for any other token."""
+        """Uses a refresh token; the session as it is then, or None for a token that is not good. The current token is
+        replaced and kept as the previous token, which is good for REFRESH_GRACE, and so gets the same successor."""
         now = time.time()
-        session = first(Session, self._writer.execute(
-            "SELECT session_id, user_id, username, expires_at, refresh_jti, rotated_at, previous_jti"
-            " FROM sessions JOIN users USING (user_id) WHERE session_id = ? AND user_id = ?", (session_id, user_id)))
-        if session and used_jti == session.refresh_jti:
-            session = session._replace(refresh_jti=str(uuid.uuid4()), rotated_at=now)
-            self._writer.execute(
-                "UPDATE sessions SET previous_jti = ?, refresh_jti = ?, rotated_at = ? WHERE session_id = ?",
-                (used_jti, session.refresh_jti, now, session_id))
-            return session
-        in_grace = session and used_jti == session.previous_jti and abs(now - session.rotated_at) < REFRESH_GRACE
-        return session if in_grace else None
+        self._writer.execute(
+            "UPDATE sessions SET previous_jti = refresh_jti, refresh_jti = ?, rotated_at = ?"
+            " WHERE session_id = ? AND user_id = ? AND refresh_jti = ?",
+            (str(uuid.uuid4()), now, session_id, user_id, used_jti))
+        return first(Session, self._writer.execute(
+            "SELECT session_id, user_id, username, expires_at, refresh_jti, rotated_at"
+            " FROM sessions JOIN users USING (user_id) WHERE session_id = ? AND user_id = ?"
+            " AND previous_jti = ? AND abs(? - rotated_at) < ?",
+            (session_id, user_id, used_jti, now, REFRESH_GRACE)))
 
     @write
     def end_session(self, session_id: str, user_id: str) -> str | None:
