@@ -427,13 +427,10 @@ class Database:
         return self._find(self._reader, "document_id = ? AND owner_id = ?", document_id, owner_id)
 
     def documents(self, owner_id: str, limit: int, status: Status | None, before: Sequence[str]) -> list[Document]:
-        """Newest first, starting after `before` (created_at and document_id, or empty): an index seek, however long the
-        list is."""
-        where, values = "owner_id = ?", [owner_id]
+        """Newest first, those before `before`, a created_at and a document_id: an index seek, however long the list."""
+        where, values = "owner_id = ? AND (created_at, document_id) < (?, ?)", [owner_id, *before]
         if status:
             where, values = f"{where} AND status = ?", [*values, status]
-        if before:
-            where, values = f"{where} AND (created_at, document_id) < (?, ?)", [*values, *before]
         rows = self._reader.execute(
             f"SELECT {COLUMNS} FROM documents WHERE {where} ORDER BY created_at DESC, document_id DESC LIMIT ?",
             (*values, limit))

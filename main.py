@@ -957,7 +957,7 @@ async def list_documents(
         status: Status = Query(None),  # the type has no None, so that the schema does not say null
         cursor: str = Query(None, pattern=CURSOR, description="of the Link header")) -> list[Document]:
     """Newest first. The header `Link: <...>; rel="next"` leads to the next page (RFC 8288)."""
-    before = cursor.split("_") if cursor else []
+    before = cursor.split("_") if cursor else ("~", "")  # which sorts behind every time
     documents = service_of(request).db.documents(user.user_id, limit + 1, status, before)
     if len(documents) > limit:
         last = documents[limit - 1]
