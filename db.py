@@ -167,7 +167,9 @@ def write(method: Callable[Concatenate["Database", P], T]) -> Callable[Concatena
     """Runs the method in a transaction of the committer; its Future is done once the commit is on disk."""
     @functools.wraps(method)
     def submitted(self: "Database", /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        return self._submit(Write(functools.partial(method, self, *args, **kwargs)))
+        new = Write(functools.partial(method, self, *args, **kwargs))
+        self._queue.put(new)
+        return new.future
     return submitted
 
 
@@ -178,7 +180,6 @@ class Database:
         self._sync = sync
         self.after_batch: Callable[[], None] = lambda: None  # called when the futures of a batch are done
         self._queue: SimpleQueue[Write] = SimpleQueue()
-        self._closed, self._submitting = False, threading.Lock()
         self._lock_path = path.with_name(path.name + ".lock")
         with self.lock():
             version = self._usable_version(path, keys)
@@ -190,8 +191,7 @@ class Database:
             if version < len(MIGRATIONS):
                 self._writer.executescript(f"BEGIN IMMEDIATE; {''.join(MIGRATIONS[version:])}"
                                            f" PRAGMA user_version = {len(MIGRATIONS)}; COMMIT;")
-        self._committer = threading.Thread(target=self._commit_forever, name="committer", daemon=True)
-        self._committer.start()
+        threading.Thread(target=self._commit_forever, name="committer", daemon=True).start()
 
     @staticmethod
     def _usable_version(path: Path, keys: Callable[[], Iterator[str]]) -> int:
@@ -224,28 +224,20 @@ class Database:
                 os.close(lock_file)
 
     def close(self) -> None:
-        """Finishes what was submitted. Under the lock, since closing a connection checkpoints too."""
-        with self._submitting:
-            self._closed = True
-        self._queue.put(Write(lambda: None))  # wakes the committer
-        self._committer.join()
-        with self.lock():
+        """Finishes what was submitted. A later write fails: its connection is closed."""
+        last = Write(lambda: None)
+        self._queue.put(last)
+        last.future.exception()  # waits
+        with self.lock():  # since closing a connection checkpoints too
             self._reader.close()
             self._writer.close()
 
     # The committer
 
-    def _submit(self, new: Write) -> Future[Any]:
-        with self._submitting:  # else a write could come behind the last batch, and its future would never be done
-            if self._closed:
-                raise sqlite3.ProgrammingError("the database is closed")
-            self._queue.put(new)
-        return new.future
-
     def _commit_forever(self) -> None:
         """One batch after the other: one sync of the files, one transaction, and then all futures."""
         batch: list[Write] = []
-        while not (self._closed and self._queue.empty()):
+        while True:
             batch = self._next_batch(expected=sum(each.needs_sync for each in batch))
             self._sync_files([each for each in batch if each.needs_sync])
             self._commit_batch([each for each in batch if not each.error])
@@ -408,7 +400,7 @@ class Database:
         """Adds this document as soon as its file is published. The result is this document; or the document that the
         owner uploaded under the same Idempotency-Key before, and then the new file is listed for removal."""
         new = Write(lambda: self._add_document(published.result()), needs_sync=True)
-        published.add_done_callback(lambda _: self._submit(new))  # not before, so `published.result()` never waits
+        published.add_done_callback(lambda _: self._queue.put(new))  # not before, so `published.result()` never waits
         return new.future
 
     def _add_document(self, new: Document) -> Document:
