@@ -397,10 +397,10 @@ class Database:
     # Documents
 
     def add_document(self, published: Future[Document]) -> Future[Document]:
-        """Adds this document as soon as its file is published. The result is this document; or the document that the
-        owner uploaded under the same Idempotency-Key before, and then the new file is listed for removal."""
+        """Joins the queue once the file is published, and adds its document. The result is this document; or the one
+        that the owner uploaded under the same Idempotency-Key before, and then the new file is listed for removal."""
         new = Write(lambda: self._add_document(published.result()), needs_sync=True)
-        published.add_done_callback(lambda _: self._queue.put(new))  # not before, so `published.result()` never waits
+        published.add_done_callback(lambda _: self._queue.put(new))
         return new.future
 
     def _add_document(self, new: Document) -> Document:

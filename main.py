@@ -705,7 +705,7 @@ async def receive_file(request: Request, incoming: Incoming) -> None:
 
 
 def publish(incoming: Incoming, owner_id: str, idempotency_key: str | None) -> Document:
-    """Publishes the file, in a publisher's thread. Returns the document, which the committer is to add."""
+    """Finishes the file, in a publisher's thread. Returns its document, which is not in the database yet."""
     incoming.finish()
     now = utc_now()
     return Document(
@@ -880,10 +880,11 @@ async def upload(request: Request) -> Response:
     service.open_uploads += 1
     try:
         await receive_file(request, incoming)
+        # One after the other: a publisher finishes the file, the committer adds its row, and this coroutine goes on.
         published = service.publishers.submit(publish, incoming, user.user_id, idempotency_key)
+        added = service.db.add_document(published)
         # Uploads that end together wait for each other's files, and a slow storage takes its time for a large file.
-        extra_seconds = 4 * WRITE_SECONDS + incoming.size / SLOWEST_STORAGE
-        document = await service.committed(service.db.add_document(published), extra_seconds)
+        document = await service.committed(added, 4 * WRITE_SECONDS + incoming.size / SLOWEST_STORAGE)
         if document.sha256 != incoming.sha256.hexdigest():  # an earlier document under this key
             raise validation_error(
                 "It was used for another file.", "header", "Idempotency-Key", code="idempotency_key_reused")
