@@ -266,13 +266,17 @@ class Database:
                 each.error = error
 
     def _commit_batch(self, batch: list[Write]) -> None:
+        """One transaction. When its COMMIT fails, the writes are in doubt, except that a full disk stores none."""
+        committing = False
         try:
-            with self.lock(), self._writer:  # the connection rolls back after an exception
+            with self.lock(), self._writer:  # the connection commits at the end, or rolls back after an exception
                 self._writer.execute("BEGIN IMMEDIATE")
                 for each in batch:
                     self._apply(each)
-                self._commit()
+                committing = True
         except BaseException as error:
+            if committing and getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL:
+                error = InDoubt(str(error))
             for each in batch:
                 each.error = each.error or error  # what `_apply` found wrong with one write says more
 
@@ -287,14 +291,6 @@ class Database:
             each.error = error
             self._writer.execute("ROLLBACK TO operation")
         self._writer.execute("RELEASE operation")
-
-    def _commit(self) -> None:
-        try:
-            self._writer.execute("COMMIT")
-        except sqlite3.Error as error:
-            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:  # nothing was committed
-                raise
-            raise InDoubt(str(error)) from error
 
     @write
     def check_writable(self) -> None:
