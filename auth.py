@@ -1,7 +1,6 @@
 """Passwords and tokens: plain values in, plain values out.
 
-This module knows neither HTTP nor SQL: whether a session still stands is the database's knowledge.
-"""
+This module knows neither HTTP nor SQL: whether a session still stands is the database's knowledge."""
 import base64
 import contextlib
 import functools

@@ -962,9 +962,8 @@ async def list_documents(
     documents = service_of(request).db.documents(user.user_id, limit + 1, status, before)
     if len(documents) > limit:
         last = documents[limit - 1]
-        query = {"limit": limit, "cursor": f"{last.created_at}_{last.document_id}"} | (
-            {"status": status} if status else {})
-        response.headers["Link"] = f'<{path_prefix(request)}/documents?{urlencode(query)}>; rel="next"'
+        query = urlencode({**request.query_params, "cursor": f"{last.created_at}_{last.document_id}"})
+        response.headers["Link"] = f'<{path_prefix(request)}/documents?{query}>; rel="next"'
     return documents[:limit]
 
 

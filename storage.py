@@ -35,8 +35,7 @@ class BadDocument(Exception):
 class Storage(Protocol):
     """A flat store of immutable objects. Keys are 1-64 of `A-Z a-z 0-9 -`, made by the server, never used twice.
 
-    Whatever goes wrong is an OSError. Safe to use from several threads and processes at once.
-    """
+    Whatever goes wrong is an OSError. Safe to use from several threads and processes at once."""
 
     parallel: int  # calls of `publish` at once: few for a disk, many where they wait for a network
 
@@ -132,8 +131,7 @@ def fsync_folder(folder: str | Path) -> None:
 class Incoming:
     """One file on its way into the storage. Its start is checked when START_BYTES, or all, have come.
 
-    One method at a time. `feed` works in memory, so it fits an event loop; the others wait for the storage.
-    """
+    One method at a time. `feed` works in memory, so it fits an event loop; the others wait for the storage."""
 
     def __init__(self, storage: Storage, key: str) -> None:
         self.key, self.size = key, 0
