@@ -153,7 +153,7 @@ def first(make: Callable[..., T], rows: sqlite3.Cursor) -> T | None:
     return make(*row) if row else None
 
 
-@dataclass(eq=False)
+@dataclass
 class Write:
     """A write on its way to the disk. `future` is done when the write is on disk, or has failed."""
     operation: Callable[[], Any]
