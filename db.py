@@ -1,9 +1,10 @@
 """Every line of SQL: users and sessions, the life of a document, and the queue, which is the documents table itself.
 
 One thread writes, the committer. It commits all writes that wait in one transaction (group commit): the more writes
-wait, the fewer fsyncs each pays for. A method marked `@write` runs in the committer and returns a Future that is done
-once the commit is on disk; so does `add_document`. All other queries read, in the thread of their caller (the event
-loop), over a second connection, and never wait for writers (WAL)."""
+wait, the fewer fsyncs each pays for. A method marked `@write` runs in the committer, and so does `add_document`; both
+return a Write, which a coroutine awaits, and of which a thread takes the `result()`. All other queries read, in the
+thread of their caller (the event loop), over a second connection, and never wait for writers (WAL)."""
+import asyncio
 import contextlib
 import fcntl
 import functools
@@ -13,9 +14,8 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from enum import StrEnum
 from pathlib import Path
@@ -79,6 +79,7 @@ CREATE INDEX users_by_last_claim ON users (last_claim);
 FAILURE_LIMIT, FAILURE_WINDOW = 5, 15 * 60.0  # failed logins, seconds
 SESSION_SECONDS, MAX_SESSIONS = 30 * 86400.0, 50  # of one user
 REFRESH_GRACE = 10.0  # seconds in which a refresh token may be used again
+WRITE_SECONDS = 8.0  # less than REFRESH_GRACE: a client that got a 503 for its refresh may try again
 INTERRUPTED = {"code": "interrupted", "message": "Every attempt was interrupted.", "retryable": True}
 # The two kinds of PROCESSING. The partial indexes have the same conditions.
 WAITING = "status = 'PROCESSING' AND run_id IS NULL"
@@ -153,23 +154,39 @@ def first(make: Callable[..., T], rows: sqlite3.Cursor) -> T | None:
     return make(*row) if row else None
 
 
-@dataclass
-class Write:
-    """A write on its way to the disk. `future` is done when the write is on disk, or has failed."""
-    operation: Callable[[], Any]
-    future: Future[Any] = field(default_factory=Future)
-    needs_sync: bool = False  # whether the operation adds a document, whose file has to be durable before the commit
-    result: Any = None
-    error: BaseException | None = None
+class Write(Future[T]):
+    """A write on its way to the disk: done when it is there, or has failed."""
+
+    def __init__(self, operation: Callable[[], T], batch_ended: asyncio.Event, needs_sync: bool = False) -> None:
+        super().__init__()
+        self.operation, self._batch_ended = operation, batch_ended
+        self.needs_sync = needs_sync  # it adds a document, whose file has to be durable before the commit
+        self.outcome: Any = None
+        self.error: BaseException | None = None
+
+    async def committed(self, patience: float = 1) -> T:
+        """What the operation returned, once it is on disk. Raises InDoubt when that takes longer than `patience` times
+        WRITE_SECONDS; the write stays in the queue. (`asyncio.wrap_future` would take it out of there.)"""
+        try:
+            async with asyncio.timeout(WRITE_SECONDS * patience):
+                while not self.done():  # the committer sets the event after the futures, so no end is missed
+                    self._batch_ended.clear()
+                    await self._batch_ended.wait()
+        except TimeoutError:
+            raise InDoubt("the write took too long") from None
+        return self.result()
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return self.committed().__await__()
 
 
-def write(method: Callable[Concatenate["Database", P], T]) -> Callable[Concatenate["Database", P], Future[T]]:
-    """Runs the method in a transaction of the committer; its Future is done once the commit is on disk."""
+def write(method: Callable[Concatenate["Database", P], T]) -> Callable[Concatenate["Database", P], Write[T]]:
+    """Runs the method in a transaction of the committer."""
     @functools.wraps(method)
-    def submitted(self: "Database", /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        new = Write(functools.partial(method, self, *args, **kwargs))
+    def submitted(self: "Database", /, *args: P.args, **kwargs: P.kwargs) -> Write[T]:
+        new = Write(functools.partial(method, self, *args, **kwargs), self._batch_ended)
         self._queue.put(new)
-        return new.future
+        return new
     return submitted
 
 
@@ -178,8 +195,9 @@ class Database:
         """Opens or creates the file. `sync` makes the files of new documents durable, before their commit; `keys` lists
         the stored files. Raises ValueError when the database is not ours or was lost; sqlite3.Error; OSError."""
         self._sync = sync
-        self.after_batch: Callable[[], None] = lambda: None  # called when the futures of a batch are done
-        self._queue: SimpleQueue[Write] = SimpleQueue()
+        self.loop: asyncio.AbstractEventLoop | None = None  # in which writes are awaited
+        self._batch_ended = asyncio.Event()
+        self._queue: SimpleQueue[Write[Any]] = SimpleQueue()
         self._lock_path = path.with_name(path.name + ".lock")
         with self.lock():
             version = self._usable_version(path, keys)
@@ -225,9 +243,9 @@ class Database:
 
     def close(self) -> None:
         """Finishes what was submitted. A later write fails: its connection is closed."""
-        last = Write(lambda: None)
+        last = Write(lambda: None, self._batch_ended)
         self._queue.put(last)
-        last.future.exception()  # waits
+        last.exception()  # waits
         with self.lock():  # since closing a connection checkpoints too
             self._reader.close()
             self._writer.close()
@@ -236,19 +254,21 @@ class Database:
 
     def _commit_forever(self) -> None:
         """One batch after the other: one sync of the files, one transaction, and then all futures."""
-        batch: list[Write] = []
+        batch: list[Write[Any]] = []
         while True:
             batch = self._next_batch(expected=sum(each.needs_sync for each in batch))
             self._sync_files([each for each in batch if each.needs_sync])
             self._commit_batch([each for each in batch if not each.error])
             for each in batch:
                 if each.error:
-                    each.future.set_exception(each.error)
+                    each.set_exception(each.error)
                 else:
-                    each.future.set_result(each.result)
-            self.after_batch()
+                    each.set_result(each.outcome)
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                if self.loop:  # woken once for a batch: a call for each write would slow down small uploads by 6 %
+                    self.loop.call_soon_threadsafe(self._batch_ended.set)
 
-    def _next_batch(self, expected: int) -> list[Write]:
+    def _next_batch(self, expected: int) -> list[Write[Any]]:
         """Waits for a write, then up to 20 ms for as many as the last batch had uploads, since the clients of those
         often upload the next file."""
         new, end = self._queue.get(), time.monotonic() + 0.02
@@ -256,7 +276,7 @@ class Database:
             time.sleep(0.001)
         return [new, *(self._queue.get() for _ in range(self._queue.qsize()))]
 
-    def _sync_files(self, uploads: list[Write]) -> None:
+    def _sync_files(self, uploads: list[Write[Any]]) -> None:
         """One sync for all. It is never retried: a second fsync may succeed though the first has lost a file's name."""
         try:
             if uploads:
@@ -265,7 +285,7 @@ class Database:
             for each in uploads:
                 each.error = error
 
-    def _commit_batch(self, batch: list[Write]) -> None:
+    def _commit_batch(self, batch: list[Write[Any]]) -> None:
         """One transaction. When its COMMIT fails, the writes are in doubt, except that a full disk stores none."""
         committing = False
         try:
@@ -280,11 +300,11 @@ class Database:
             for each in batch:
                 each.error = each.error or error  # what `_apply` found wrong with one write says more
 
-    def _apply(self, each: Write) -> None:
+    def _apply(self, each: Write[Any]) -> None:
         """Runs the operation. When it breaks, it is undone alone."""
         self._writer.execute("SAVEPOINT operation")
         try:
-            each.result = each.operation()
+            each.outcome = each.operation()
         except BaseException as error:  # a storage's own, too, from `published` of `add_document`
             if not self._writer.in_transaction:  # SQLite has rolled back the whole batch, as when the disk is full
                 raise
@@ -392,12 +412,12 @@ class Database:
 
     # Documents
 
-    def add_document(self, published: Future[Document]) -> Future[Document]:
+    def add_document(self, published: Future[Document]) -> Write[Document]:
         """Joins the queue once the file is published, and adds its document. The result is this document; or the one
         that the owner uploaded under the same Idempotency-Key before, and then the new file is listed for removal."""
-        new = Write(lambda: self._add_document(published.result()), needs_sync=True)
+        new = Write(lambda: self._add_document(published.result()), self._batch_ended, needs_sync=True)
         published.add_done_callback(lambda _: self._queue.put(new))
-        return new.future
+        return new
 
     def _add_document(self, new: Document) -> Document:
         known = None if new.idempotency_key is None else self._find(

@@ -41,7 +41,7 @@ import unicodedata
 import uuid
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from email.errors import HeaderParseError
 from email.header import decode_header
@@ -430,8 +430,6 @@ def path_prefix(request: Request) -> str:
 
 # The service and its dependencies
 
-WRITE_SECONDS = 8.0  # less than db.REFRESH_GRACE: a client that got a 503 for its refresh may try again
-
 
 class Service:
     """What the routes work with; made by the lifespan, found by `service_of`."""
@@ -444,30 +442,11 @@ class Service:
         self.publishers = ThreadPoolExecutor(self.storage.parallel, "publisher")
         self.open_uploads = 0
         self.random = random.Random()  # ids are no secrets; os.urandom for each would cost small uploads 8 % more CPU
-        self._loop, self._batch_ended = asyncio.get_running_loop(), asyncio.Event()
-        self.db.after_batch = self._wake_loop
+        self.db.loop = asyncio.get_running_loop()
         self.password_checks = asyncio.Semaphore(2)  # scrypt takes 16 MiB and a processor
         self.logins_under_way: list[str] = []  # the throttle key of each
         self.workers = Workers(self, pipeline or functools.partial(
             simulated_pipeline, seconds=settings.process_seconds))
-
-    async def committed(self, write: Future[T], extra_seconds: float = 0) -> T:
-        """What a write to the database returned, once it is on disk. Raises InDoubt when the commit takes too long; the
-        write stays in the committer's queue. (`asyncio.wrap_future` would take it out of there.)"""
-        try:
-            async with asyncio.timeout(WRITE_SECONDS + extra_seconds):
-                while not write.done():  # the committer sets the event after the futures, so no end is missed
-                    self._batch_ended.clear()
-                    await self._batch_ended.wait()
-        except TimeoutError:
-            raise InDoubt("the write took too long") from None
-        return write.result()
-
-    def _wake_loop(self) -> None:
-        """Lets all that wait in `committed` look again. The committer calls this once for a batch: a call for each
-        write would slow down small uploads by 6 %."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self._batch_ended.set)
 
     async def add_administrator(self) -> None:
         """Adds the administrator where there is no user at all."""
@@ -475,7 +454,7 @@ class Service:
             return
         name, file = self.settings.admin_username, self.settings.data_dir / "initial-password"
         password = self.settings.admin_password or secret_file(self.db, file)
-        if await self.committed(self.db.add_first_user(name, auth.hash_password(password))):
+        if await self.db.add_first_user(name, auth.hash_password(password)):
             source = "DOCS_ADMIN_PASSWORD" if self.settings.admin_password else str(file)
             log_event("first_user_added", user=name, password_is_in=source)
 
@@ -491,7 +470,7 @@ class Service:
             log_event("storage_error", logging.ERROR, failure=failure)
         if removed:
             await run_in_threadpool(self.storage.sync)
-            await self.committed(self.db.forget_files(removed))
+            await self.db.forget_files(removed)
 
     def close(self) -> None:
         """Finishes the uploads and writes that were begun."""
@@ -569,7 +548,7 @@ OwnDocument = Annotated[Document, Depends(DocumentOfCaller())]
 
 SMALL_BODY = 65536  # bytes: also what a multipart body may have around its file
 UPLOAD_SECONDS = 3600.0
-SLOWEST_STORAGE = 100_000  # bytes a second, by a guess: 50 MB may take ten minutes
+SLOWEST_STORAGE = 800_000  # bytes in db.WRITE_SECONDS, by a guess: 50 MB may take ten minutes
 # Bytes in memory: an upload that holds more than HELD_BY_ONE, or more than its share of HELD_BY_ALL, writes them.
 HELD_BY_ONE, HELD_BY_ALL = 2 * 2**20, 24 * 2**20
 
@@ -749,7 +728,7 @@ class Workers:
 
     def __init__(self, service: Service, pipeline: Pipeline) -> None:
         self._db, self._storage, self._settings = service.db, service.storage, service.settings
-        self._committed, self._pipeline = service.committed, pipeline
+        self._pipeline = pipeline
         self._pool = ThreadPoolExecutor(self._settings.process_workers, "worker")
         self._busy: set[str] = set()  # the run id of each busy thread, also while it claims a document
         self.stopping, self._grace_end = False, math.inf  # by time.monotonic()
@@ -775,8 +754,8 @@ class Workers:
 
     async def look_after_runs(self) -> None:
         """Gives a sign of life for the runs of this process, ends runs whose process gives none, and wakes threads."""
-        for document in await self._committed(self._db.renew_and_take_over(
-                list(self._busy), self._settings.lease_seconds, self._settings.max_attempts)):
+        for document in await self._db.renew_and_take_over(
+                list(self._busy), self._settings.lease_seconds, self._settings.max_attempts):
             event = "process_failed" if document.status == Status.FAILED else "process_requeued"
             log_run(event, document, error="interrupted")
         for _ in range(self._db.waiting(self._settings.process_workers)):
@@ -884,7 +863,7 @@ async def upload(request: Request) -> Response:
         published = service.publishers.submit(publish, incoming, user.user_id, idempotency_key)
         added = service.db.add_document(published)
         # Uploads that end together wait for each other's files, and a slow storage takes its time for a large file.
-        document = await service.committed(added, 4 * WRITE_SECONDS + incoming.size / SLOWEST_STORAGE)
+        document = await added.committed(patience=5 + incoming.size / SLOWEST_STORAGE)
         if document.sha256 != incoming.sha256.hexdigest():  # an earlier document under this key
             raise validation_error(
                 "It was used for another file.", "header", "Idempotency-Key", code="idempotency_key_reused")
@@ -910,8 +889,8 @@ async def process(document_id: uuid.UUID, request: Request, response: Response, 
     """Idempotent: however many calls come, an UPLOADED or FAILED document is queued once. Errors: `not_found`,
     `queue_full`."""
     service, request_id = service_of(request), request_id_of_context.get()
-    document = or_404(await service.committed(service.db.enqueue(
-        str(document_id), user.user_id, request_id, service.settings.max_queue)))
+    document = or_404(await service.db.enqueue(
+        str(document_id), user.user_id, request_id, service.settings.max_queue))
     if document.status in (Status.UPLOADED, Status.FAILED):  # only a full queue leaves it so
         raise Problem("queue_full")
     if document.status == Status.COMPLETED:
@@ -1004,8 +983,7 @@ async def get_file(document: OwnDocument, request: Request) -> Response:
                response_class=Response)
 async def delete(document_id: uuid.UUID, request: Request, user: CurrentUser) -> None:
     """Removes document, file and result, also while it is being processed. Error: `not_found`."""
-    service = service_of(request)
-    if not await service.committed(service.db.delete(str(document_id), user.user_id)):
+    if not await service_of(request).db.delete(str(document_id), user.user_id):
         raise Problem("not_found")
     log_event("deleted", document_id=str(document_id))
 
@@ -1051,7 +1029,7 @@ async def login(request: Request) -> Tokens:
             service.db.check_throttle(name_hash, throttle_key)
             right = await asyncio.to_thread(  # not in `run_in_threadpool`, whose threads may all wait for the storage
                 auth.verify_password, sent.password, user.password_hash if user else None)
-            session = await service.committed(service.db.record_login(user if right else None, name_hash, throttle_key))
+            session = await service.db.record_login(user if right else None, name_hash, throttle_key)
     except Throttled:
         log_event("login_throttled", logging.WARNING, user=name, client=client)
         raise
@@ -1074,11 +1052,11 @@ async def refresh(request: Request) -> Tokens:
     service = service_of(request)
     with contextlib.suppress(auth.InvalidToken):
         used = service.signer.verify(auth.REFRESH, sent.refresh_token)
-        if session := await service.committed(service.db.rotate(used.sid, used.sub, used.jti)):
+        if session := await service.db.rotate(used.sid, used.sub, used.jti):
             request.state.username = session.username
             return tokens_of(service, session)
         # The session has ended; or the token was used before, and somebody else may have its successor.
-        if username := await service.committed(service.db.end_session(used.sid, used.sub)):
+        if username := await service.db.end_session(used.sid, used.sub):
             log_event("token_reused", logging.WARNING, user=username, client=client_address(request))
     raise Problem("invalid_grant", "The refresh token is invalid, expired, revoked or was used before.")
 
@@ -1091,7 +1069,7 @@ async def logout(request: Request) -> None:
     service = service_of(request)
     with contextlib.suppress(auth.InvalidToken):  # 204 all the same (RFC 7009, 2.2)
         claims = service.signer.verify(auth.REFRESH, sent.refresh_token, allow_expired=True)
-        if username := await service.committed(service.db.end_session(claims.sid, claims.sub)):
+        if username := await service.db.end_session(claims.sid, claims.sub):
             log_event("logged_out", user=username, client=client_address(request))
 
 
@@ -1106,7 +1084,7 @@ async def readyz(request: Request) -> Health:
     """Writes to the database and to the file store. Error: `unavailable`."""
     service = service_of(request)
     await run_in_threadpool(service.storage.check)
-    await service.committed(service.db.check_writable())
+    await service.db.check_writable()
     return Health()
 
 

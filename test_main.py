@@ -2157,7 +2157,7 @@ def test_a_held_lock_makes_others_answer_503_but_to_readers(tmp_path: Path, monk
     settings = settings_in(tmp_path)
     with running(settings) as client, (tmp_path / "data" / "documents.db.lock").open() as lock:
         path = uploaded(client)
-        monkeypatch.setattr(main, "WRITE_SECONDS", 0.1)
+        monkeypatch.setattr("db.WRITE_SECONDS", 0.1)
         fcntl.flock(lock, fcntl.LOCK_EX)
         for answer in (client.get("/readyz"), upload(client), upload(client, docx(), "a.docx"),
                        client.post(f"{path}/process")):
@@ -2176,7 +2176,7 @@ def test_an_upload_that_takes_too_long_is_stored_all_the_same(steps: Steps, monk
     with steps.running() as client:
         for slow_step in ("create", "publish done", "sync", "BEGIN", "COMMIT"):
             with monkeypatch.context() as patch:
-                patch.setattr(main, "WRITE_SECONDS", 0.1)
+                patch.setattr("db.WRITE_SECONDS", 0.1)
                 steps.tell = lambda step: step == slow_step and go.wait(30)
                 assert code_of(upload(client)) == (503, "unavailable")
             go.set()
