@@ -702,8 +702,8 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
     """Stands where OCR and a language model will: checks that the file is whole, takes its time, makes up a result.
 
     A pipeline gets the open file, the document, and `progress(percent, message)`, to be called between its steps: it
-    raises RunEnded when the run has to end. It returns what JSON can hold. Any other exception makes FAILED:
-    BadDocument says that the file is damaged, which its text explains; after others, trying again may help.
+    raises RunEnded when the run has to end. It returns what JSON can hold. What it raises makes FAILED: BadDocument
+    says that the file is damaged, which its text explains; after others, trying again may help.
     """
     check_is_whole(file, document.media_type)
     for percent, step in (0, "extracting text"), (25, "recognizing layout"), (50, "classifying"), (75, "summarizing"):
@@ -719,8 +719,8 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
 
 class Workers:
     """The worker threads of this process. Each claims a queued document and calls the pipeline with it: that is a run.
-    A missing file makes the document FAILED, and so does whatever the pipeline raises, except RunEnded. Where storage
-    or database fail otherwise, the run just ends, like one whose process died.
+    A missing file makes the document FAILED, and so does whatever the pipeline raises. Where storage or database fail
+    otherwise, the run just ends, like one whose process died.
 
     The queue is in the database, shared by all processes. `wake` lets an idle thread look there; `look_after_runs`
     calls it at least each second while documents wait, so nothing depends on the process that took the request.
@@ -801,11 +801,9 @@ class Workers:
         try:
             with file:
                 result = json.dumps(self._pipeline(file, document, progress), allow_nan=False)
-        except RunEnded:
-            raise
         except BadDocument as failure:
             return self._fail(run_id, document, start, failure, "damaged_document", str(failure))
-        except BaseException as failure:  # even a sys.exit of the pipeline makes FAILED
+        except BaseException as failure:  # even a sys.exit makes FAILED; of a run that has ended, `_fail` ends too
             message = f"The pipeline failed: {type(failure).__name__}."
             return self._fail(run_id, document, start, failure, "pipeline_error", message)
         self._db.complete(run_id, document.document_id, result).result()
@@ -813,7 +811,7 @@ class Workers:
 
     def _fail(self, run_id: str, document: Document, start: float, failure: BaseException, code: str,
               message: str) -> None:
-        if time.monotonic() > self._grace_end:  # the pipeline may have wrapped what `progress` raised
+        if time.monotonic() > self._grace_end:  # whatever the pipeline made of the RunEnded that `progress` raised
             raise RunEnded from failure
         message = message.encode(errors="replace").decode()  # a lone surrogate fits no database
         error = {"code": code, "message": message, "retryable": code == "pipeline_error"}
