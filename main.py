@@ -784,6 +784,7 @@ class Workers:
         request_id_of_context.set(document.request_id or "")  # also for what the pipeline logs
         log_run("process_started", document)
         start = time.monotonic()
+        fail = functools.partial(self._fail, run_id, document, start)
 
         def progress(percent: int, message: str) -> None:
             if time.monotonic() > self._grace_end:
@@ -797,15 +798,14 @@ class Workers:
         try:
             file = self._storage.open(document.document_id)
         except FileNotFoundError as failure:
-            return self._fail(run_id, document, start, failure, "file_missing", "The stored file is gone.")
+            return fail(failure, "file_missing", "The stored file is gone.")
         try:
             with file:
                 result = json.dumps(self._pipeline(file, document, progress), allow_nan=False)
         except BadDocument as failure:
-            return self._fail(run_id, document, start, failure, "damaged_document", str(failure))
+            return fail(failure, "damaged_document", str(failure))
         except BaseException as failure:  # even a sys.exit makes FAILED; of a run that has ended, `_fail` ends too
-            message = f"The pipeline failed: {type(failure).__name__}."
-            return self._fail(run_id, document, start, failure, "pipeline_error", message)
+            return fail(failure, "pipeline_error", f"The pipeline failed: {type(failure).__name__}.")
         self._db.complete(run_id, document.document_id, result).result()
         log_run("process_completed", document, start)
 
