@@ -1183,10 +1183,9 @@ def set_socket_options(server: uvicorn.Server, idle_seconds: float) -> None:
     (tcp(7)) ends connections whose client takes nothing."""
     connections = [each.transport.get_extra_info("socket") for each in server.server_state.connections]
     for sock in [*connections, *(sock for each in server.servers for sock in each.sockets)]:
-        with contextlib.suppress(OSError):  # a Unix socket, or a connection that has ended
+        with contextlib.suppress(OSError, AttributeError):  # a Unix socket; a connection that has ended; macOS
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if hasattr(socket, "TCP_USER_TIMEOUT"):
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(1000 * idle_seconds))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(1000 * idle_seconds))
 
 
 # Commands
