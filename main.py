@@ -1120,11 +1120,9 @@ async def running_service(
     After SIGTERM:
     1. `follow_uvicorn` stops the workers within 0.1 s: no more runs begin, long polls are answered, the grace begins.
     2. uvicorn waits for open requests, and cancels them at the end of the grace: they are answered with 503.
-    3. This function goes on after its `yield`. Runs have what is left of the grace.
-    4. Publishers and committer end the uploads and writes that were begun, for a second at most.
-    5. uvicorn raises the signal again, which ends the process. Not so process 1 of a container, nor after Ctrl-C:
-       Python first waits for its threads, so for steps of a pipeline and calls of the storage that go on, and for a
-       run's write while another process holds the database's lock.
+    3. This function goes on after its `yield`. Runs have what is left of the grace, then writes have a second.
+    4. uvicorn raises the signal again, which ends the process. But process 1 of a container first waits for calls of
+       pipeline, storage and database that go on, as Python does after Ctrl-C.
     """
     log.setLevel(settings.log_level)
     raise_descriptor_limit()
@@ -1140,10 +1138,9 @@ async def running_service(
         await service.workers.close()
         for task in tasks:
             task.cancel()
-        # Another process may hold the database's lock, so this is bounded.
         closing = threading.Thread(target=service.close, name="close", daemon=True)
         closing.start()
-        await asyncio.to_thread(closing.join, 1)
+        await asyncio.to_thread(closing.join, 1)  # another process may hold the lock for longer
 
 
 def raise_descriptor_limit() -> None:
@@ -1163,11 +1160,11 @@ async def repeat(action: Callable[[], Awaitable[None]], seconds: float) -> None:
 
 
 async def follow_uvicorn(service: Service) -> None:
-    """Gives the server the grace and socket options, and stops the workers once the server has got SIGTERM. The server
-    is found by the handler of that signal, a method of it. Other servers than uvicorn have settings for the grace."""
-    server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    """Stops the workers, and so long polls, when uvicorn gets SIGTERM: the lifespan is told only when all requests have
+    ended. Before that, uvicorn's server gets the grace and its sockets their options."""
+    server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)  # uvicorn's handler is a method of its server
     if not isinstance(server, uvicorn.Server):
-        return
+        return  # other servers have settings of their own for the grace
     server.config.timeout_graceful_shutdown = service.settings.shutdown_seconds  # type: ignore[assignment]
     while not server.started:
         await asyncio.sleep(0.05)
