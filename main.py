@@ -740,10 +740,9 @@ class Workers:
             self._pool.submit(self._work)
 
     def stop(self) -> None:
-        """No run begins any more, and those that go on have the grace. What is unfinished at its end is taken over
-        after the lease, like after a crash."""
-        if not self.stopping:
-            self._grace_end, self.stopping = time.monotonic() + self._settings.shutdown_seconds, True
+        """No run begins any more. Others have the grace; what is unfinished then is taken over after its lease."""
+        self.stopping = True
+        self._grace_end = min(self._grace_end, time.monotonic() + self._settings.shutdown_seconds)
 
     async def close(self) -> None:
         """Waits for the runs until the grace is over."""
@@ -884,8 +883,7 @@ async def upload(request: Request) -> Response:
              response_model=StatusOut, status_code=202,
              responses={200: {"description": "COMPLETED: the result stands", "model": StatusOut}})
 async def process(document_id: uuid.UUID, request: Request, response: Response, user: CurrentUser) -> Document:
-    """Idempotent: however many calls come, an UPLOADED or FAILED document is queued once. Errors: `not_found`,
-    `queue_full`."""
+    """However many calls come, an UPLOADED or FAILED document is queued once. Errors: `not_found`, `queue_full`."""
     service, request_id = service_of(request), request_id_of_context.get()
     document = or_404(await service.db.enqueue(
         str(document_id), user.user_id, request_id, service.settings.max_queue))
@@ -916,8 +914,7 @@ async def get_status(document: OwnDocument, request: Request, response: Response
 @router.get("/documents/{document_id:uuid}/result", tags=["processing"], summary="Get the result of processing",
             response_model=ResultOut)
 async def get_result(document: OwnDocument, request: Request) -> Response:
-    """What the pipeline made of a COMPLETED document. Errors: `not_found`, `not_processed`, `still_processing`,
-    `processing_failed`."""
+    """What the pipeline made of it. Errors: `not_found`, `not_processed`, `still_processing`, `processing_failed`."""
     if document.status != Status.COMPLETED:
         code = {"UPLOADED": "not_processed", "PROCESSING": "still_processing", "FAILED": "processing_failed"}[
             document.status]
