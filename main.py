@@ -553,13 +553,13 @@ SLOWEST_STORAGE = 800_000  # bytes in db.WRITE_SECONDS, by a guess: 50 MB may ta
 HELD_BY_ONE, HELD_BY_ALL = 2 * 2**20, 24 * 2**20
 
 
-async def body_chunks(request: Request, limit: int, seconds: float) -> AsyncIterator[bytes]:
-    """The body as it comes: all of it within these seconds, and each piece within the idle time."""
+async def body_chunks(request: Request, limit: int, seconds: float = 0) -> AsyncIterator[bytes]:
+    """The body as it comes: each piece within the idle time, all within these seconds (but at least the idle time)."""
     if int(request.headers.get("content-length", 0)) > limit:
         raise Problem("too_large")
     idle_seconds = service_of(request).settings.upload_idle_seconds
     now = asyncio.get_running_loop().time
-    end, size, more = now() + seconds, 0, True
+    end, size, more = now() + max(seconds, idle_seconds), 0, True
     while more:
         try:
             async with asyncio.timeout_at(min(end, now() + idle_seconds)):
@@ -580,8 +580,7 @@ async def read_fields(request: Request, model: type[Model]) -> Model:
     media_type, _ = parse_options_header(request.headers.get("content-type"))
     if media_type not in (b"application/json", b"application/x-www-form-urlencoded"):
         raise Problem("unsupported_media_type", "Send application/json or application/x-www-form-urlencoded.")
-    idle_seconds = service_of(request).settings.upload_idle_seconds  # a small body as a whole has this time
-    body = b"".join([chunk async for chunk in body_chunks(request, SMALL_BODY, idle_seconds)])
+    body = b"".join([chunk async for chunk in body_chunks(request, SMALL_BODY)])
     try:
         if media_type == b"application/json":
             return model.model_validate_json(body)
