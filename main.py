@@ -333,7 +333,7 @@ class RequestMiddleware:
     """What holds for every request: its id, its headers, its line in the log, `HEAD`, and the answer to its failure."""
 
     def __init__(self, app: ASGIApp) -> None:
-        self.app, self.random = app, random.Random()  # as in Service
+        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -342,7 +342,7 @@ class RequestMiddleware:
         scope["headers"] = [header for header in scope["headers"] if header[0] != b"cookie"]
         start, request = time.perf_counter(), Request(scope)
         sent_id = re.fullmatch(r"[A-Za-z0-9._-]{1,64}", request.headers.get("x-request-id", ""))
-        request_id_of_context.set(sent_id[0] if sent_id else self.random.randbytes(16).hex())
+        request_id_of_context.set(sent_id[0] if sent_id else service_of(request).random.randbytes(16).hex())
         exchange = Exchange(request, receive, send)
         # uvicorn leaves out the body of an answer to HEAD by itself.
         inner_scope = {**scope, "method": "GET", "head": True} if request.method == "HEAD" else scope
