@@ -367,11 +367,11 @@ class RequestMiddleware:
 
 
 class Exchange:
-    """One request and its answer.
+    """One request and its answer: `receive` and `send` for the app.
 
     An answer that is given before the body was read would be lost when the server closes the connection while the
-    client still sends (RFC 9112, 9.6). So the end of the answer, which has no bytes, waits until the rest of the body
-    was read and thrown away, within DRAIN_SECONDS and DRAIN_BYTES.
+    client still sends (RFC 9112, 9.6). So its bytes are sent at once, but its end, which has none, only after the rest
+    of the body was read and thrown away.
     """
 
     def __init__(self, request: Request, receive: Receive, send: Send) -> None:
@@ -399,19 +399,18 @@ class Exchange:
                 await asyncio.sleep(0)  # uvicorn may just have refused a malformed body: then it drops this answer
         elif self.request_body_unread and not message.get("more_body", False):
             await self._send({**message, "more_body": True})  # the last bytes of the answer, but not its end
-            return await self._drain_and_end()
+            await self._drain(2 if self._says_close else DRAIN_SECONDS)
+            if self.request_body_unread and not self._says_close:
+                return  # the client sends too much: uvicorn closes the connection of an answer without an end
+            message = {"type": "http.response.body"}
         await self._send(message)
 
-    async def _drain_and_end(self) -> None:
-        """Reads the rest of the request. If that goes on for too long, the answer gets no end, so that uvicorn closes
-        the connection; but an answer that says `Connection: close` gets its end, after two seconds at most."""
+    async def _drain(self, seconds: float) -> None:
         drained = 0
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(2 if self._says_close else DRAIN_SECONDS):
+            async with asyncio.timeout(seconds):
                 while self.request_body_unread and drained < DRAIN_BYTES:
                     drained += len((await self.receive()).get("body", b""))
-        if self._says_close or not self.request_body_unread:
-            await self._send({"type": "http.response.body"})
 
 
 def logged_path(scope: Scope) -> str:
