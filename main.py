@@ -608,19 +608,19 @@ class MultipartFile(MultipartParser):
             "on_part_begin": self._headers.clear, "on_header_begin": self._header_name.clear,
             "on_header_field": lambda data, start, end: self._header_name.extend(data[start:end].lower()),
             "on_header_value": lambda data, start, end: self._headers[bytes(self._header_name)].extend(data[start:end]),
-            "on_headers_finished": self._on_headers_finished, "on_part_data": self._on_part_data},
+            "on_headers_finished": self._on_headers_finished},
             max_header_count=SMALL_BODY, max_header_size=SMALL_BODY)
         # The parser refuses a preamble, which RFC 2046, 5.1.1 allows. So it begins inside of a part, whose data is
         # dropped, and a line break comes first, as the parser wants one before the boundary that ends a part.
-        self._in_file, self.state = False, MultipartState.PART_DATA
+        self.state = MultipartState.PART_DATA
         self.write(b"\r\n")
 
     def _on_headers_finished(self) -> None:
+        self.set_callback("part_data", None)  # what parts other than the file hold is dropped
         disposition = bytes(self._headers[b"content-disposition"])
         # python-multipart drops `filename*`, as RFC 7578 wants it, but older .NET and Python clients send it.
         _, options = parse_options_header(re.sub(rb"(?i);\s*filename\*\s*=", b"; filename_=", disposition))
-        self._in_file = options.get(b"name") == b"file"  # what other parts hold is dropped
-        if not self._in_file:
+        if options.get(b"name") != b"file":
             return
         if self._incoming.filename:
             raise validation_error("There are two parts named file.", "body", "file")
@@ -631,10 +631,7 @@ class MultipartFile(MultipartParser):
         if extension not in MEDIA_TYPES:
             raise Problem("unsupported_media_type", "The filename has to end in .pdf or .docx.")
         self._incoming.media_type = MEDIA_TYPES[extension]
-
-    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
-        if self._in_file:
-            self._incoming.feed(data[start:end])
+        self.set_callback("part_data", lambda data, start, end: self._incoming.feed(data[start:end]))
 
 
 def decoded_filename(options: Mapping[bytes, bytes]) -> str:
