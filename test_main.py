@@ -32,7 +32,7 @@ import uuid
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from http.client import HTTPMessage, HTTPResponse
 from pathlib import Path
@@ -59,6 +59,7 @@ HERE = Path(__file__).parent
 PASSWORD = "correct horse battery"
 SECRET = "canary-key-0123456789-0123456789"
 UPLOAD_LIMIT = 5_000_000
+IO_ERROR, DISK_FULL, DATABASE_ERROR = OSError(errno.EIO, "broken"), OSError(errno.ENOSPC, "full"), sqlite3.Error()
 DEEP = json.loads("[" * 300 + "]" * 300)
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
 NOBODYS = "/documents/00000000-0000-4000-8000-000000000000"
@@ -292,7 +293,7 @@ def command(settings: Settings, *arguments: str, typed: str = "") -> tuple[int, 
 
 
 def add_user(settings: Settings, username: str, password: str = PASSWORD) -> None:
-    code, told = command(settings, "add-user", username, typed=password)
+    code, told = command(settings, "add-user", username, typed=f"{password}\n")
     assert code == 0, told
 
 
@@ -302,8 +303,7 @@ def test_users_are_added_changed_and_removed_while_the_server_runs(tmp_path: Pat
         add_user(settings, "eve", "the first")
         as_eve = bearer(log_in(client, "eve", "the first"))
         path = upload(client, PDF, "a.pdf", **as_eve).headers["Location"]
-        code, told = command(settings, "add-user", "eve", typed="the second\n")
-        assert code == 0 and "eve" in told and str(settings.data_dir) in told
+        add_user(settings, "eve", "the second")
         assert client.get(path, headers=as_eve).status_code == 401  # her sessions have ended
         assert guess(client, "the first", "eve") == 401
         as_eve = bearer(log_in(client, "eve", "the second"))
@@ -1432,6 +1432,20 @@ def test_openapi_tells_what_each_route_takes_and_answers(client: httpx.Client) -
     assert fields["required"] == ["file"] and fields["properties"]["file"]["format"] == "binary"
 
 
+def live_on(client: httpx.Client, path: str) -> None:
+    """What makes the other events of the log, after the upload of the document at this path."""
+    client.post(f"{path}/process", headers={"X-Request-ID": "the-run"})
+    client.get(f"{path}/status?wait=30")
+    processed(client, uploaded(client, PDF[:-7]))
+    first = log_in(client)["refresh_token"]
+    refresh(client, refresh(client, first).json()["refresh_token"])
+    refresh(client, first)
+    client.post("/auth/logout", data={"refresh_token": log_in(client)["refresh_token"]})
+    assert [guess(client, "canary-password") for _ in range(6)] == [401] * 5 + [429]
+    assert guess(client, "canary-password", "canary-user\n{") == 401
+    client.delete(path)
+
+
 def test_every_line_of_the_log_is_json_and_tells_the_whole_life(tmp_path: Path) -> None:
     names = ['\r\n{"event": "forged"}', "\u2028\u2029\x85", "\x1b[2J", "\U0001f600", '"\\', "\0"]
     with Server(tmp_path, DOCS_PROCESS_SECONDS="0") as server, server.client() as client:
@@ -1439,16 +1453,7 @@ def test_every_line_of_the_log_is_json_and_tells_the_whole_life(tmp_path: Path) 
         path = client.post("/documents/upload", headers=hostile, files={
             "file": ('a\n{"event": "forged"}\u2028\x00.pdf', PDF)}).headers["Location"]
         client.get('/%0a{"event":"forged"}%00%ff%e2%80%a8?canary-query', headers=hostile)
-        client.post(f"{path}/process", headers={"X-Request-ID": "the-run"})
-        client.get(f"{path}/status?wait=30")
-        processed(client, uploaded(client, PDF[:-7]))
-        first = log_in(client)["refresh_token"]
-        refresh(client, refresh(client, first).json()["refresh_token"])
-        refresh(client, first)
-        client.post("/auth/logout", data={"refresh_token": log_in(client)["refresh_token"]})
-        assert [guess(client, "canary-password") for _ in range(6)] == [401] * 5 + [429]
-        assert guess(client, "canary-password", "canary-user\n{") == 401
-        client.delete(path)
+        live_on(client, path)
         for name in names:
             add_user(settings_in(tmp_path), name)
             assert guess(client, PASSWORD, name) == 200
@@ -1580,10 +1585,9 @@ def test_local_storage_keeps_to_its_own_files(tmp_path: Path) -> None:
     folder = tmp_path / "files"
     LocalStorage(folder)
     (folder / "lost+found").mkdir()
-    now = time.time()
     for name, age in [("old.part", 9e4), ("young.part", 8e4), ("done", 1e6), (".nfs0001", 1e6), ("x.txt", 1e6)]:
         (folder / name).touch()
-        os.utime(folder / name, (now - age, now - age))
+        os.utime(folder / name, (0, time.time() - age))
     storage = LocalStorage(folder)
     storage.check()
     assert sorted(os.listdir(folder)) == [".nfs0001", "done", "lost+found", "x.txt", "young.part"]
@@ -1621,13 +1625,25 @@ class Steps(LocalStorage):
     """A service and its storage that call `tell` at each step towards the disk, at BEGIN and at COMMIT. What `tell`
     raises is what goes wrong there: an OSError in the storage, a sqlite3.Error in the database."""
 
-    create, publish, sync, open, delete, check = map(told, ("create", "publish", "sync", "open", "delete", "check"))
+    create, publish, sync, open, delete = map(told, ("create", "publish", "sync", "open", "delete"))
 
     def __init__(self, folder: Path) -> None:
-        self.tell: Callable[[str], object] = lambda step: None
+        self.heal()
         self.settings, self.connections = settings_in(folder), list[sqlite3.Connection]()
         self.settings.data_dir.mkdir()
         super().__init__(self.settings.data_dir / "files")
+
+    def heal(self) -> None:
+        self.tell: Callable[[str], object] = lambda step: None
+
+    def break_at(self, step: str, outcomes: Iterable[Exception | None]) -> None:
+        """The next times that this step is reached, these go wrong."""
+        left = iter(outcomes)
+
+        def tell(now: str) -> None:
+            if now == step and (outcome := next(left, None)):
+                raise outcome
+        self.tell = tell
 
     def _authorize(self, action: int, name: str | None, *_: str | None) -> int:
         """SQLite asks this before it prepares a statement (sqlite3_set_authorizer)."""
@@ -1653,7 +1669,7 @@ class Steps(LocalStorage):
             with running(self.settings, storage=self, **options) as client:
                 patch.undo()
                 yield client
-                self.tell = lambda step: None
+                self.heal()
 
 
 @pytest.fixture
@@ -1875,6 +1891,22 @@ def test_nothing_answered_is_lost_when_a_process_is_killed(tmp_path: Path, worke
     assert set(completed.values()) <= {1}  # no run has ended twice; on a slow machine none had begun
 
 
+def restart_after_crash(folder: Path, known: str, content: bytes, key: dict[str, str]) -> None:
+    """`known` is the state of the document that the client was told last."""
+    with running(settings_in(folder, lease_seconds=0.5)) as client:
+        documents = settled(client, folder / "data")
+        statuses = [document["status"] for document in documents.values()]
+        assert statuses in {"uploaded": (["UPLOADED"], ["COMPLETED"]), "processing": (["COMPLETED"],),
+                            "deleted": ([],)}.get(known, ([], ["UPLOADED"], ["COMPLETED"]))
+        if known == "deleted":
+            until(lambda: os.listdir(folder / "data" / "files") == [])
+            return
+        again = upload(client, content, "a.docx", **key)  # by the client that got no answer
+        assert again.status_code == 201 and not documents or id_in(again.headers["Location"]) in documents
+        assert processed(client, again.headers["Location"])["status"] == "COMPLETED"
+        assert len(settled(client, folder / "data")) == 1
+
+
 def test_a_crash_at_any_step_loses_nothing_that_was_answered(steps: Steps, tmp_path: Path) -> None:
     """A copy made in the middle of a step is what the start after a crash there finds."""
     data, content, crashes, known = steps.settings.data_dir, docx(), dict[Path, str](), "nothing"
@@ -1887,26 +1919,7 @@ def test_a_crash_at_any_step_loses_nothing_that_was_answered(steps: Steps, tmp_p
             if step not in ("BEGIN", "COMMIT"):  # else the writer has the lock already
                 fcntl.flock(file, fcntl.LOCK_EX)
             shutil.copytree(data, folder / "data")
-
-    def pipeline(file: BinaryIO, document: Document, progress: main.Progress) -> Any:
-        progress(50, "half of it")
-        return {"source": {"sha256": hashlib.sha256(file.read()).hexdigest()}}
-
-    def restart(folder: Path) -> None:
-        known = crashes[folder]
-        with running(settings_in(folder, lease_seconds=0.5)) as client:
-            documents = settled(client, folder / "data")
-            statuses = [document["status"] for document in documents.values()]
-            assert statuses in {"uploaded": (["UPLOADED"], ["COMPLETED"]), "processing": (["COMPLETED"],),
-                                "deleted": ([],)}.get(known, ([], ["UPLOADED"], ["COMPLETED"]))
-            if known == "deleted":
-                until(lambda: os.listdir(folder / "data" / "files") == [])
-            else:  # the client that got no answer asks again
-                again = upload(client, content, "a.docx", **key)
-                assert again.status_code == 201 and not documents or id_in(again.headers["Location"]) in documents
-                assert processed(client, again.headers["Location"])["status"] == "COMPLETED"
-                assert len(settled(client, folder / "data")) == 1
-    with steps.running(pipeline=pipeline) as client:
+    with steps.running() as client:
         steps.tell = crash
         path = upload(client, content, "a.docx", **key).headers["Location"]
         known = "uploaded"
@@ -1920,69 +1933,56 @@ def test_a_crash_at_any_step_loses_nothing_that_was_answered(steps: Steps, tmp_p
     same = ("create done", "publish", "sync", "open done")  # as after the step before
     assert {*same, "BEGIN", "COMMIT", "delete done"} <= {folder.name.partition(" ")[2] for folder in crashes}
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(restart, [folder for folder in crashes if not folder.name.endswith(same)]))
+        restarts = [pool.submit(restart_after_crash, folder, known, content, key)
+                    for folder, known in crashes.items() if not folder.name.endswith(same)]
+    assert [restart.result() for restart in restarts]
 
 
-def test_a_fault_at_any_step_is_answered_and_got_over(steps: Steps, caplog: pytest.LogCaptureFixture) -> None:
-    fault: list[Any] = []  # the step, how often it goes well before (-1: it never does), the failure
-
-    def tell(step: str) -> None:
-        if fault and fault[0] == step:
-            _, times, failure = fault
-            if times > 0:
-                fault[1] -= 1
-                return
-            if times == 0:
-                fault.clear()
-            raise failure
-
-    def logged(failure: Exception) -> bool:
-        told = "not authorized" if isinstance(failure, sqlite3.Error) else str(failure)  # so says SQLite
-        return any(record.exc_info and told in str(record.exc_info[1]) for record in caplog.records)
-    io_error, full, of_database = OSError(errno.EIO, "broken"), OSError(errno.ENOSPC, "full"), sqlite3.Error()
-    steps.settings = settings_in(steps.settings.data_dir.parent, lease_seconds=0.5)
+def test_a_fault_at_any_step_of_an_upload_is_answered(steps: Steps, caplog: pytest.LogCaptureFixture) -> None:
     with steps.running() as client:
-        steps.tell = tell
         for step, failure, code in [
                 *((step, failure, code) for step in ("create", "publish", "publish done", "sync")
-                  for failure, code in ((io_error, "unavailable"), (full, "insufficient_storage"))),
-                ("BEGIN", of_database, "unavailable"), ("COMMIT", of_database, "unavailable")]:
+                  for failure, code in ((IO_ERROR, "unavailable"), (DISK_FULL, "insufficient_storage"))),
+                ("BEGIN", DATABASE_ERROR, "unavailable"), ("COMMIT", DATABASE_ERROR, "unavailable")]:
             for content, filename in ((PDF, "a.pdf"), (docx(), "a.docx")):
                 caplog.clear()
-                fault[:] = step, -1, failure
+                steps.break_at(step, itertools.repeat(failure))
                 assert upload(client, content, filename).json()["code"] == code, step
-                fault.clear()
-                assert logged(failure) and client.get("/documents").json() == []
+                steps.heal()
+                assert "storage_error" in caplog.messages and client.get("/documents").json() == []
         strays = stored_files(steps.settings)  # a COMMIT that failed may have written the row, so the file stays
         told = command(steps.settings, "check")[1].splitlines()
         assert len(strays) == 2 and told[:2] == [f"no document has the file {stray}" for stray in strays]
-        for step in ("check", "BEGIN"):
-            fault[:] = step, -1, of_database if step == "BEGIN" else io_error
-            unready = httpx.get(f"{client.base_url}/readyz")
-            assert (*code_of(unready), unready.headers["Retry-After"]) == (503, "unavailable", "1")
-            fault.clear()
-        assert all(httpx.get(f"{client.base_url}/{path}").json()["status"] == "ok" for path in ("readyz", "healthz"))
         key = {"Idempotency-Key": "key"}
         assert upload(client, PDF, "a.pdf", **key).status_code == 201
-        fault[:] = "COMMIT", -1, of_database
+        steps.break_at("COMMIT", itertools.repeat(DATABASE_ERROR))
         assert upload(client, PDF + b"\n", "a.pdf", **key).json()["code"] == "unavailable"  # that of its row
         assert upload(client, docx()[:60], "a.docx").status_code == 415  # it adds no row
-        fault.clear()
-        for step, times, failure in [("open", 0, io_error), *(
-                (step, times, of_database) for times in range(7) for step in ("BEGIN", "COMMIT"))]:
+
+
+def test_a_fault_at_any_step_of_a_run_is_got_over(steps: Steps, caplog: pytest.LogCaptureFixture) -> None:
+    steps.settings = settings_in(steps.settings.data_dir.parent, lease_seconds=0.5)
+    with steps.running() as client:
+        for step, good_times, failure in [("open", 0, IO_ERROR), *(
+                (step, good_times, DATABASE_ERROR) for good_times in range(7) for step in ("BEGIN", "COMMIT"))]:
             path = uploaded(client)
             caplog.clear()
-            fault[:] = step, times, failure
+            steps.break_at(step, [None] * good_times + [failure])
             until(lambda: client.post(f"{path}/process").status_code != 503)
-            until(lambda: logged(failure))
-            assert client.get(f"{path}/status?wait=30").json()["status"] == "COMPLETED", (step, times)
-        for step, failure, status in (("BEGIN", of_database, 503), ("COMMIT", of_database, 503),
-                                      ("delete", io_error, 204)):
+            until(lambda: {"storage_error", "background_error"} & set(caplog.messages))
+            assert client.get(f"{path}/status?wait=30").json()["status"] == "COMPLETED", (step, good_times)
+
+
+def test_a_fault_at_any_step_of_a_deletion_is_got_over(steps: Steps, caplog: pytest.LogCaptureFixture) -> None:
+    with steps.running() as client:
+        for step, failure, status in (
+                ("BEGIN", DATABASE_ERROR, 503), ("COMMIT", DATABASE_ERROR, 503), ("delete", IO_ERROR, 204)):
             path = uploaded(client)
-            fault[:] = step, -1, failure
+            caplog.clear()
+            steps.break_at(step, itertools.repeat(failure))
             assert client.delete(path).status_code == status, step
-            until(lambda: logged(failure))
-            fault.clear()
+            until(lambda: "storage_error" in caplog.messages)
+            steps.heal()
             assert client.delete(path).status_code == (404 if status == 204 else 204), step
     with running(steps.settings) as client:  # which removes at once what could not be removed
         until(lambda: id_in(path) not in stored_files(steps.settings))
@@ -2141,7 +2141,7 @@ def test_a_full_disk_is_told_and_got_over(tmp_path: Path) -> None:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))  # no byte more can be written: EFBIG
         for file in ((PDF, "a.pdf"), (content, "a.pdf"), (PDF.ljust(2_500_000), "a.pdf"), (docx(), "a.docx")):
             assert code_of(upload(client, *file)) == (507, "insufficient_storage")
-        assert code_of(client.get("/readyz")) == (503, "unavailable")
+        assert [client.get(f"/{probe}").json().get("code") for probe in ("readyz", "healthz")] == ["unavailable", None]
         for answer in (client.post(f"{path}/process"), client.delete(path)):
             assert answer.status_code in (503, 507)
         assert client.get(f"{path}/file").content == PDF
@@ -2159,9 +2159,9 @@ def test_a_held_lock_makes_others_answer_503_but_to_readers(tmp_path: Path, monk
         path = uploaded(client)
         monkeypatch.setattr("db.WRITE_SECONDS", 0.1)
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for answer in (client.get("/readyz"), upload(client), upload(client, docx(), "a.docx"),
+        for answer in (httpx.get(f"{client.base_url}/readyz"), upload(client), upload(client, docx(), "a.docx"),
                        client.post(f"{path}/process")):
-            assert code_of(answer) == (503, "unavailable")
+            assert (*code_of(answer), answer.headers["Retry-After"]) == (503, "unavailable", "1")
         assert client.get(f"{path}/status").json()["status"] == "UPLOADED"
         fcntl.flock(lock, fcntl.LOCK_UN)
         monkeypatch.undo()
