@@ -1,9 +1,8 @@
 """Every line of SQL: users and sessions, the life of a document, and the queue, which is the documents table itself.
 
 One thread writes, the committer. It commits all writes that wait in one transaction (group commit): the more writes
-wait, the fewer fsyncs each pays for. A method marked `@write` runs in the committer, and so does `add_document`; both
-return a Write, which a coroutine awaits, and of which a thread takes the `result()`. All other queries read, in the
-thread of their caller (the event loop), over a second connection, and never wait for writers (WAL)."""
+wait, the fewer fsyncs each pays for. `add_document` and the methods marked `@write` return a Write: a coroutine awaits
+it, a thread takes its `result()`. All others read, over a second connection, which never waits for writers (WAL)."""
 import asyncio
 import contextlib
 import fcntl
@@ -157,34 +156,33 @@ def first(make: Callable[..., T], rows: sqlite3.Cursor) -> T | None:
 class Write(Future[T]):
     """A write on its way to the disk: done when it is there, or has failed."""
 
-    def __init__(self, operation: Callable[[], T], batch_ended: asyncio.Event, needs_sync: bool = False) -> None:
+    def __init__(self, operation: Callable[[], T], needs_sync: bool = False) -> None:
         super().__init__()
-        self.operation, self._batch_ended = operation, batch_ended
+        self.operation = operation
         self.needs_sync = needs_sync  # it adds a document, whose file has to be durable before the commit
-        self.outcome: Any = None
-        self.error: BaseException | None = None
+        self.outcome: Any = None  # of the operation; `result()` gives it once it is committed
+        self.error: BaseException | None = None  # of sync, operation or commit
+        self.ended = asyncio.Event()
 
-    async def committed(self, patience: float = 1) -> T:
-        """What the operation returned, once it is on disk. Raises InDoubt when that takes longer than `patience` times
-        WRITE_SECONDS; the write stays in the queue. (`asyncio.wrap_future` would take it out of there.)"""
+    async def committed(self, seconds: float) -> T:
+        """What the operation returned, once it is on disk. Raises InDoubt when that takes longer; the write stays in
+        the queue (`asyncio.wrap_future` would take it out)."""
         try:
-            async with asyncio.timeout(WRITE_SECONDS * patience):
-                while not self.done():  # the committer sets the event after the futures, so no end is missed
-                    self._batch_ended.clear()
-                    await self._batch_ended.wait()
+            async with asyncio.timeout(seconds):
+                await self.ended.wait()
         except TimeoutError:
             raise InDoubt("the write took too long") from None
         return self.result()
 
     def __await__(self) -> Generator[Any, None, T]:
-        return self.committed().__await__()
+        return self.committed(WRITE_SECONDS).__await__()
 
 
 def write(method: Callable[Concatenate["Database", P], T]) -> Callable[Concatenate["Database", P], Write[T]]:
     """Runs the method in a transaction of the committer."""
     @functools.wraps(method)
     def submitted(self: "Database", /, *args: P.args, **kwargs: P.kwargs) -> Write[T]:
-        new = Write(functools.partial(method, self, *args, **kwargs), self._batch_ended)
+        new = Write(functools.partial(method, self, *args, **kwargs))
         self._queue.put(new)
         return new
     return submitted
@@ -196,7 +194,6 @@ class Database:
         the stored files. Raises ValueError when the database is not ours or was lost; sqlite3.Error; OSError."""
         self._sync = sync
         self.loop: asyncio.AbstractEventLoop | None = None  # in which writes are awaited
-        self._batch_ended = asyncio.Event()
         self._queue: SimpleQueue[Write[Any]] = SimpleQueue()
         self._lock_path = path.with_name(path.name + ".lock")
         with self.lock():
@@ -243,9 +240,7 @@ class Database:
 
     def close(self) -> None:
         """Finishes what was submitted. A later write fails: its connection is closed."""
-        last = Write(lambda: None, self._batch_ended)
-        self._queue.put(last)
-        last.exception()  # waits
+        self.check_writable().exception()  # once this write has ended, so have all before it
         with self.lock():  # since closing a connection checkpoints too
             self._reader.close()
             self._writer.close()
@@ -265,12 +260,17 @@ class Database:
                 else:
                     each.set_result(each.outcome)
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                if self.loop:  # woken once for a batch: a call for each write would slow down small uploads by 6 %
-                    self.loop.call_soon_threadsafe(self._batch_ended.set)
+                if self.loop:  # one call for the batch: one for each write would slow down small uploads by 6 %
+                    self.loop.call_soon_threadsafe(self._wake, batch)
+
+    @staticmethod
+    def _wake(batch: list[Write[Any]]) -> None:
+        """Lets the coroutines that await these writes go on, in their event loop."""
+        for each in batch:
+            each.ended.set()
 
     def _next_batch(self, expected: int) -> list[Write[Any]]:
-        """Waits for a write, then up to 20 ms for as many as the last batch had uploads, since the clients of those
-        often upload the next file."""
+        """Waits for a write, then up to 20 ms for as many as the last batch had uploads, as many a client goes on."""
         new, end = self._queue.get(), time.monotonic() + 0.02
         while 1 + self._queue.qsize() < expected and time.monotonic() < end:
             time.sleep(0.001)
@@ -390,14 +390,14 @@ class Database:
 
     @write
     def rotate(self, session_id: str, user_id: str, used_jti: str) -> Session | None:
-        """Uses a refresh token; the session as it is then, or None for a token that is not good. The current token is
-        replaced and kept as the previous token, which is good for REFRESH_GRACE, and so gets the same successor."""
+        """Uses a refresh token. The current one is replaced and becomes the previous one. The previous one is good for
+        REFRESH_GRACE, so using it again gives the same successor. None for a token that is not good."""
         now = time.time()
         self._writer.execute(
             "UPDATE sessions SET previous_jti = refresh_jti, refresh_jti = ?, rotated_at = ?"
             " WHERE session_id = ? AND user_id = ? AND refresh_jti = ?",
             (str(uuid.uuid4()), now, session_id, user_id, used_jti))
-        return first(Session, self._writer.execute(
+        return first(Session, self._writer.execute(  # also for the token that has just become the previous one
             "SELECT session_id, user_id, username, expires_at, refresh_jti, rotated_at"
             " FROM sessions JOIN users USING (user_id) WHERE session_id = ? AND user_id = ?"
             " AND previous_jti = ? AND abs(? - rotated_at) < ?",
@@ -415,7 +415,7 @@ class Database:
     def add_document(self, published: Future[Document]) -> Write[Document]:
         """Joins the queue once the file is published, and adds its document. The result is this document; or the one
         that the owner uploaded under the same Idempotency-Key before, and then the new file is listed for removal."""
-        new = Write(lambda: self._add_document(published.result()), self._batch_ended, needs_sync=True)
+        new = Write(lambda: self._add_document(published.result()), needs_sync=True)
         published.add_done_callback(lambda _: self._queue.put(new))
         return new
 
@@ -491,7 +491,7 @@ class Database:
         owner_id = first(str, self._writer.execute(
             "UPDATE users SET last_claim = (SELECT 1 + max(last_claim) FROM users) WHERE user_id = ("
             f"SELECT user_id FROM users WHERE EXISTS (SELECT 1 FROM documents WHERE {WAITING} AND owner_id = user_id)"
-            " ORDER BY last_claim LIMIT 1) RETURNING user_id"))  # None when nothing waits: no document has this owner
+            " ORDER BY last_claim LIMIT 1) RETURNING user_id"))  # NULL when nothing waits, and then no document has it
         now = utc_now()
         return first(Document, self._writer.execute(
             "UPDATE documents SET run_id = ?, beat_at = ?, attempts = attempts + 1, progress = 0, message = 'started',"

@@ -370,15 +370,15 @@ class Exchange:
     """One request and its answer: `receive` and `send` for the app.
 
     An answer that is given before the body was read would be lost when the server closes the connection while the
-    client still sends (RFC 9112, 9.6). So its bytes are sent at once, but its end, which has none, only after the rest
-    of the body was read and thrown away.
+    client still sends (RFC 9112, 9.6). So its bytes are sent at once, but the empty message that ends it only after the
+    rest of the request's body was read and thrown away.
     """
 
     def __init__(self, request: Request, receive: Receive, send: Send) -> None:
         self._receive, self._send, headers = receive, send, request.headers
         self.status = 0  # of the answer, once that has begun
         self.request_body_unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
-        self._expects_100, self._says_close = "expect" in headers, False
+        self._expects_100, self._stays_open = "expect" in headers, True
 
     async def receive(self) -> Message:
         message = await self._receive()
@@ -392,16 +392,16 @@ class Exchange:
             headers.setdefault("Cache-Control", "no-store")
             if self.request_body_unread and self._expects_100:  # a refused body may never come: RFC 9110, 10.1.1
                 headers["Connection"] = "close"
-            self._says_close = headers.get("Connection") == "close"
-            message["headers"] = [*message["headers"], (b"x-request-id", request_id_of_context.get().encode()),
-                                  (b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY")]
+            self._stays_open = headers.get("Connection") != "close"
+            headers.raw.extend([(b"x-request-id", request_id_of_context.get().encode()),
+                                (b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY")])
             if self.request_body_unread:
                 await asyncio.sleep(0)  # uvicorn may just have refused a malformed body: then it drops this answer
         elif self.request_body_unread and not message.get("more_body", False):
             await self._send({**message, "more_body": True})  # the last bytes of the answer, but not its end
-            await self._drain(2 if self._says_close else DRAIN_SECONDS)
-            if self.request_body_unread and not self._says_close:
-                return  # the client sends too much: uvicorn closes the connection of an answer without an end
+            await self._drain(DRAIN_SECONDS if self._stays_open else 2)
+            if self.request_body_unread and self._stays_open:
+                return  # uvicorn would wait for the rest; it closes the connection of an answer without an end
             message = {"type": "http.response.body"}
         await self._send(message)
 
@@ -547,7 +547,8 @@ OwnDocument = Annotated[Document, Depends(DocumentOfCaller())]
 
 SMALL_BODY = 65536  # bytes: also what a multipart body may have around its file
 UPLOAD_SECONDS = 3600.0
-SLOWEST_STORAGE = 800_000  # bytes in db.WRITE_SECONDS, by a guess: 50 MB may take ten minutes
+# How long an upload waits for its commit. Uploads that end together wait for each other's files, too.
+COMMIT_SECONDS, SLOWEST_STORAGE = 40.0, 100_000  # the latter in bytes a second, by a guess: 50 MB may take ten minutes
 # Bytes in memory: an upload that holds more than HELD_BY_ONE, or more than its share of HELD_BY_ALL, writes them.
 HELD_BY_ONE, HELD_BY_ALL = 2 * 2**20, 24 * 2**20
 
@@ -697,8 +698,8 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
     """Stands where OCR and a language model will: checks that the file is whole, takes its time, makes up a result.
 
     A pipeline gets the open file, the document, and `progress(percent, message)`, to be called between its steps: it
-    raises RunEnded when the run has to end. It returns what JSON can hold. What it raises makes FAILED: BadDocument
-    says that the file is damaged, which its text explains; after others, trying again may help.
+    raises RunEnded when the run has to end. It returns what JSON can hold. Any other exception makes FAILED:
+    BadDocument says that the file is damaged, which its text explains; after others, trying again may help.
     """
     check_is_whole(file, document.media_type)
     for percent, step in (0, "extracting text"), (25, "recognizing layout"), (50, "classifying"), (75, "summarizing"):
@@ -714,8 +715,8 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
 
 class Workers:
     """The worker threads of this process. Each claims a queued document and calls the pipeline with it: that is a run.
-    A missing file makes the document FAILED, and so does whatever the pipeline raises. Where storage or database fail
-    otherwise, the run just ends, like one whose process died.
+    A missing file makes the document FAILED, and so does whatever the pipeline raises, except RunEnded. Where storage
+    or database fail otherwise, the run just ends, like one whose process died.
 
     The queue is in the database, shared by all processes. `wake` lets an idle thread look there; `look_after_runs`
     calls it at least each second while documents wait, so nothing depends on the process that took the request.
@@ -778,7 +779,6 @@ class Workers:
         request_id_of_context.set(document.request_id or "")  # also for what the pipeline logs
         log_run("process_started", document)
         start = time.monotonic()
-        fail = functools.partial(self._fail, run_id, document, start)
 
         def progress(percent: int, message: str) -> None:
             if time.monotonic() > self._grace_end:
@@ -789,6 +789,14 @@ class Workers:
             except (sqlite3.Error, OSError) as failure:  # no fault of the pipeline, and no harm
                 log_event("storage_error", logging.ERROR, failure=failure)
 
+        def fail(failure: BaseException, code: str, message: str) -> None:
+            if time.monotonic() > self._grace_end:  # the pipeline may have wrapped what `progress` raised
+                raise RunEnded from failure
+            message = message.encode(errors="replace").decode()  # a lone surrogate fits no database
+            error = {"code": code, "message": message, "retryable": code == "pipeline_error"}
+            self._db.fail(run_id, document.document_id, error).result()
+            log_run("process_failed", document, start, failure=failure, error=code)
+
         try:
             file = self._storage.open(document.document_id)
         except FileNotFoundError as failure:
@@ -796,21 +804,14 @@ class Workers:
         try:
             with file:
                 result = json.dumps(self._pipeline(file, document, progress), allow_nan=False)
+        except RunEnded:
+            raise
         except BadDocument as failure:
             return fail(failure, "damaged_document", str(failure))
-        except BaseException as failure:  # even a sys.exit makes FAILED; of a run that has ended, `_fail` ends too
+        except BaseException as failure:  # even a sys.exit of the pipeline makes FAILED
             return fail(failure, "pipeline_error", f"The pipeline failed: {type(failure).__name__}.")
         self._db.complete(run_id, document.document_id, result).result()
         log_run("process_completed", document, start)
-
-    def _fail(self, run_id: str, document: Document, start: float, failure: BaseException, code: str,
-              message: str) -> None:
-        if time.monotonic() > self._grace_end:  # whatever the pipeline made of the RunEnded that `progress` raised
-            raise RunEnded from failure
-        message = message.encode(errors="replace").decode()  # a lone surrogate fits no database
-        error = {"code": code, "message": message, "retryable": code == "pipeline_error"}
-        self._db.fail(run_id, document.document_id, error).result()
-        log_run("process_failed", document, start, failure=failure, error=code)
 
 
 def log_run(event: str, document: Document, start: float | None = None, **fields: Any) -> None:
@@ -854,8 +855,7 @@ async def upload(request: Request) -> Response:
         # One after the other: a publisher finishes the file, the committer adds its row, and this coroutine goes on.
         published = service.publishers.submit(publish, incoming, user.user_id, idempotency_key)
         added = service.db.add_document(published)
-        # Uploads that end together wait for each other's files, and a slow storage takes its time for a large file.
-        document = await added.committed(patience=5 + incoming.size / SLOWEST_STORAGE)
+        document = await added.committed(COMMIT_SECONDS + incoming.size / SLOWEST_STORAGE)
         if document.sha256 != incoming.sha256.hexdigest():  # an earlier document under this key
             raise validation_error(
                 "It was used for another file.", "header", "Idempotency-Key", code="idempotency_key_reused")
@@ -910,10 +910,10 @@ async def get_status(document: OwnDocument, request: Request, response: Response
             response_model=ResultOut)
 async def get_result(document: OwnDocument, request: Request) -> Response:
     """What the pipeline made of it. Errors: `not_found`, `not_processed`, `still_processing`, `processing_failed`."""
+    if document.status == Status.FAILED:
+        raise Problem("processing_failed", error=json.loads(document.error or "null"))
     if document.status != Status.COMPLETED:
-        code = {"UPLOADED": "not_processed", "PROCESSING": "still_processing", "FAILED": "processing_failed"}[
-            document.status]
-        raise Problem(code, **({"error": json.loads(document.error)} if document.error else {}))
+        raise Problem("still_processing" if document.status == Status.PROCESSING else "not_processed")
     answer = or_404(service_of(request).db.result(document.document_id))  # else it was deleted a moment ago
     return Response(answer, media_type="application/json")
 
@@ -1217,7 +1217,7 @@ def check_files(db: Database, storage: Storage, folder: Path) -> int:
     """Prints which files and documents lack each other; 1 when there is one."""
     def lacking() -> set[str]:
         ids, deleted = db.document_ids(), set(db.deleted_files())
-        keys = set(storage.keys())  # after the others, which so have the document of each file that goes meanwhile
+        keys = set(storage.keys())  # last: else it could have a file whose rows are gone before they are read
         return ({f"no document has the file {key}" for key in keys - ids - deleted}
                 | {f"the document {document_id} has no file" for document_id in ids - keys})
 

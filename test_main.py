@@ -2176,7 +2176,7 @@ def test_an_upload_that_takes_too_long_is_stored_all_the_same(steps: Steps, monk
     with steps.running() as client:
         for slow_step in ("create", "publish done", "sync", "BEGIN", "COMMIT"):
             with monkeypatch.context() as patch:
-                patch.setattr("db.WRITE_SECONDS", 0.1)
+                patch.setattr(main, "COMMIT_SECONDS", 0.1)
                 steps.tell = lambda step: step == slow_step and go.wait(30)
                 assert code_of(upload(client)) == (503, "unavailable")
             go.set()
