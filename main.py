@@ -381,6 +381,7 @@ class Exchange:
         self._expects_100, self._stays_open = "expect" in headers, True
 
     async def receive(self) -> Message:
+        self._expects_100 = False  # uvicorn sends it now
         message = await self._receive()
         self.request_body_unread = message.get("more_body", False)
         return message
@@ -781,8 +782,7 @@ class Workers:
         start = time.monotonic()
 
         def progress(percent: int, message: str) -> None:
-            if time.monotonic() > self._grace_end:
-                raise RunEnded
+            self._check_grace()
             percent = max(0, min(int(percent), 99))
             try:
                 self._db.record_progress(run_id, document.document_id, percent, message).result()
@@ -790,8 +790,7 @@ class Workers:
                 log_event("storage_error", logging.ERROR, failure=failure)
 
         def fail(failure: BaseException, code: str, message: str) -> None:
-            if time.monotonic() > self._grace_end:  # the pipeline may have wrapped what `progress` raised
-                raise RunEnded from failure
+            self._check_grace()
             message = message.encode(errors="replace").decode()  # a lone surrogate fits no database
             error = {"code": code, "message": message, "retryable": code == "pipeline_error"}
             self._db.fail(run_id, document.document_id, error).result()
@@ -810,8 +809,15 @@ class Workers:
             return fail(failure, "damaged_document", str(failure))
         except BaseException as failure:  # even a sys.exit of the pipeline makes FAILED
             return fail(failure, "pipeline_error", f"The pipeline failed: {type(failure).__name__}.")
+        self._check_grace()
         self._db.complete(run_id, document.document_id, result).result()
         log_run("process_completed", document, start)
+
+    def _check_grace(self) -> None:
+        """Raises RunEnded when the grace is over. Such a run stores no result and no failure, since these may come from
+        a pipeline that has caught the RunEnded of `progress`."""
+        if time.monotonic() > self._grace_end:
+            raise RunEnded
 
 
 def log_run(event: str, document: Document, start: float | None = None, **fields: Any) -> None:
@@ -931,8 +937,9 @@ async def list_documents(
     documents = service_of(request).db.documents(user.user_id, limit + 1, status, before)
     if len(documents) > limit:
         last = documents[limit - 1]
-        query = urlencode({**request.query_params, "cursor": f"{last.created_at}_{last.document_id}"})
-        response.headers["Link"] = f'<{path_prefix(request)}/documents?{query}>; rel="next"'
+        query = {"limit": limit, "cursor": f"{last.created_at}_{last.document_id}"} | (
+            {"status": status} if status else {})
+        response.headers["Link"] = f'<{path_prefix(request)}/documents?{urlencode(query)}>; rel="next"'
     return documents[:limit]
 
 

@@ -604,6 +604,7 @@ def test_a_refresh_token_is_good_for_ten_seconds_more_unless_its_successor_was_u
         claims_of(tokens[0]["access_token"])["sid"])
     again = refresh(client, tokens[0]["refresh_token"])
     assert (again.status_code, again.json().get("code")) == ((200, None) if good else (401, "invalid_grant"))
+    assert not good or claims_of(again.json()["refresh_token"])["iat"] < time.time() - 7  # it is no new one
     assert {allowed(client, each) for each in tokens} == {good}
     assert refresh(client, tokens[-1]["refresh_token"]).status_code == again.status_code
 
@@ -639,7 +640,6 @@ def test_logout_ends_the_session_at_once_at_all_processes_and_is_never_refused(t
             assert not allowed(other_process, tokens) and not allowed(client, tokens)
         assert refresh(client, tokens["refresh_token"]).status_code == 401
         assert allowed(client, other)
-        assert client.post("/auth/logout", json={}).status_code == 422
 
 
 def test_a_session_outlives_no_refresh_past_its_end(client: httpx.Client, monkeypatch: Patch) -> None:
@@ -1004,8 +1004,7 @@ def test_every_error_is_a_problem_and_leaves_no_trace(
     ("/documents/upload", {}, part(BIG), "too_large"), ("/healthz", {}, BIG, "method_not_allowed"),
     ("/documents/upload", {}, part(BIG[:4_900_000], EXE), "unsupported_media_type"),
     ("/documents/upload", {"Idempotency-Key": "x" * 129}, BIG, "validation_error"),
-    ("/auth/login", {}, BIG, "unsupported_media_type"), ("/auth/login", JSON, BIG, "too_large")],
-    ids=itertools.count())
+    ("/auth/login", {}, BIG, "unsupported_media_type"), ("/auth/login", JSON, BIG, "too_large")], ids=itertools.count())
 def test_an_early_refusal_reaches_a_client_that_closes(
         client: httpx.Client, path: str, headers: dict[str, str | None], body: bytes, code: str) -> None:
     usual = {"Content-Type": "multipart/form-data; boundary=b", "Connection": "close"} | headers
@@ -1017,14 +1016,14 @@ def test_an_early_refusal_reaches_a_client_that_closes(
 
 def test_a_client_that_waits_for_100_continue_is_answered_at_once(client: httpx.Client, monkeypatch: Patch) -> None:
     monkeypatch.setattr(main, "DRAIN_SECONDS", 3600)  # so whoever waits for a body waits in vain
-    head = sent(b"", Expect="100-continue", Content_Length=str(len(part() + END)))
+    head = sent(b"", Expect="100-continue", Content_Length="9999")
     with connected(client) as refused, connected(client) as taken:
         refused.sendall(head)
         assert (answer := answer_on(refused))[0] == 401 and answer[1]["Connection"] == "close"  # no request may follow
         taken.sendall(with_token(client, head))
         assert taken.recv(25, socket.MSG_WAITALL).startswith(b"HTTP/1.1 100")
-        taken.sendall(part() + END)
-        assert b"HTTP/1.1 201 " in taken.recv(65536)
+        taken.sendall(part(bytes(2000)))
+        assert (answer := answer_on(taken))[0] == 415 and answer[1]["Connection"] is None  # the rest will come
 
 
 @pytest.mark.parametrize("piece, seconds, most", [(b"x" * 65536, 3600, 2**22), (b"x", 0.3, 2**28)], ids=range(2))
@@ -1622,8 +1621,7 @@ def told(name: str) -> Any:
 
 
 class Steps(LocalStorage):
-    """A service and its storage that call `tell` at each step towards the disk, at BEGIN and at COMMIT. What `tell`
-    raises is what goes wrong there: an OSError in the storage, a sqlite3.Error in the database."""
+    """A service and its storage that call `tell` at each step towards the disk; it may raise what goes wrong there."""
 
     create, publish, sync, open, delete = map(told, ("create", "publish", "sync", "open", "delete"))
 
@@ -1813,7 +1811,6 @@ class Load:
         self.started: set[str] = set()  # `process` was answered
         self.deleting: set[str] = set()
         self.deleted: set[str] = set()  # DELETE was answered
-        self.ended: dict[str, str] = {}  # when a run ended
 
     @contextlib.contextmanager
     def on(self, client: httpx.Client) -> Iterator[None]:
@@ -1862,7 +1859,6 @@ class Load:
             assert document["sha256"] == hashlib.sha256(self.contents[self.uploaded[document_id]]).hexdigest()
             if document_id in self.started:
                 assert document["status"] == "COMPLETED"
-                assert self.ended.setdefault(document_id, document["updated_at"]) == document["updated_at"]
 
 
 KILL_ROUNDS = int(os.environ.get("KILL_ROUNDS", "1"))
@@ -1891,14 +1887,13 @@ def test_nothing_answered_is_lost_when_a_process_is_killed(tmp_path: Path, worke
     assert set(completed.values()) <= {1}  # no run has ended twice; on a slow machine none had begun
 
 
-def restart_after_crash(folder: Path, known: str, content: bytes, key: dict[str, str]) -> None:
-    """`known` is the state of the document that the client was told last."""
+def restart_after_crash(folder: Path, told_last: str, content: bytes, key: dict[str, str]) -> None:
     with running(settings_in(folder, lease_seconds=0.5)) as client:
         documents = settled(client, folder / "data")
         statuses = [document["status"] for document in documents.values()]
         assert statuses in {"uploaded": (["UPLOADED"], ["COMPLETED"]), "processing": (["COMPLETED"],),
-                            "deleted": ([],)}.get(known, ([], ["UPLOADED"], ["COMPLETED"]))
-        if known == "deleted":
+                            "deleted": ([],)}.get(told_last, ([], ["UPLOADED"], ["COMPLETED"]))
+        if told_last == "deleted":
             until(lambda: os.listdir(folder / "data" / "files") == [])
             return
         again = upload(client, content, "a.docx", **key)  # by the client that got no answer
@@ -1991,17 +1986,21 @@ def test_a_fault_at_any_step_of_a_deletion_is_got_over(steps: Steps, caplog: pyt
 
 ODD_PIPELINE = """
 import main, os, pathlib, time
-from db import RunEnded
+gate = pathlib.Path(os.environ["GATE"])
+publish = main.LocalStorage.publish
+def publish_slowly(*arguments):
+    while gate.with_suffix(".hold").exists():
+        time.sleep(0.01)
+    publish(*arguments)
+main.LocalStorage.publish = publish_slowly
 def pipeline(file, document, progress):
     if document.filename == "poison.pdf":
         os._exit(1)
-    gate = pathlib.Path(os.environ["GATE"])
     try:
         while not gate.exists():
             progress(50, "half of it")
-            time.sleep(0.05)
-        progress(90, "nearly")
-    except RunEnded:
+            time.sleep(0.005)
+    except main.RunEnded:
         gate.with_suffix(".lost").touch()
         if document.filename != "stubborn.pdf":
             raise RuntimeError  # as a framework does
@@ -2075,34 +2074,38 @@ def test_a_job_may_end_within_the_grace(tmp_path: Path) -> None:
         assert (status["status"], status["attempts"]) == ("COMPLETED", 1)
 
 
-def test_exit_is_bounded_whatever_is_under_way(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    big = PDF[:9] + bytes(16_000_000) + PDF[9:]
-    with (odd_server(tmp_path, "never", DOCS_SHUTDOWN_SECONDS="0.5") as server,
+def test_exit_is_bounded_and_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    big, hold = PDF[:9] + bytes(16_000_000) + PDF[9:], tmp_path / "never.hold"
+    with (odd_server(tmp_path, "never", DOCS_SHUTDOWN_SECONDS="0.5", DOCS_PROCESS_WORKERS="2") as server,
           server.client() as client, contextlib.ExitStack() as stack):
-        path, download = uploaded(client), uploaded(client, big)
-        client.post(f"{path}/process")
-        until(lambda: half_done(client, path))
+        paths = [uploaded(client, PDF, filename) for filename in ("stubborn.pdf", "a.pdf", "waiting.pdf")]
+        download = uploaded(client, big)
+        assert [client.post(f"{path}/process").status_code for path in paths] == [202] * 3
+        until(lambda: half_done(client, paths[0]) and half_done(client, paths[1]))
 
         def send(request: bytes) -> socket.socket:
             connection = stack.enter_context(connected(client))
             connection.sendall(with_token(client, request))
             return connection
         send(b"")  # open, and silent
-        polling = send(wire(f"GET {path}/status?wait=30"))
+        polling = send(wire(f"GET {paths[0]}/status?wait=30"))
         send(wire(f"GET {download}/file"))  # and nobody takes it
-        uploading = send(sent(part(big[:3_000_000]), Content_Length="9999999"))
-        until(lambda: list((tmp_path / "data" / "files").glob("*.part")))
+        hold.touch()
+        uploads = [send(sent(part(big[:3_000_000]), Content_Length="9999999")), send(file("a.pdf"))]
+        until(lambda: len(os.listdir(tmp_path / "data" / "files")) == 6)
         server.process.terminate()
+        assert answer_on(polling)[2]["status"] == "PROCESSING"
+        assert [answer_on(uploading)[2]["code"] for uploading in uploads] == ["unavailable"] * 2
+        until((tmp_path / "never.lost").exists)
+        hold.unlink()  # the upload that was whole is published and added all the same
         server.process.wait(10)
-        assert b'"status":"PROCESSING"' in polling.recv(9999)
-        assert b'"code": "unavailable"' in uploading.recv(9999)
-        assert '"path": "/documents/upload", "status": 503' in server.output()
     with running(settings_in(tmp_path, lease_seconds=0.5)) as client:
-        status = processed(client, path)
-        assert (status["status"], status["attempts"]) == ("COMPLETED", 2)
-    requeued, = (record for record in caplog.records if record.msg == "process_requeued")
-    assert json.loads(main.JsonFormatter().format(requeued)).items() >= {
-        "document_id": id_in(path), "attempt": 1, "request_id": status["request_id"]}.items()
+        ended = [processed(client, path) for path in paths]
+        assert [status["attempts"] for status in ended] == [2, 2, 1]
+        assert len(settled(client, tmp_path / "data")) == 5
+    requeued = [main.JsonFormatter().format(each) for each in caplog.records if each.msg == "process_requeued"]
+    about = f'"request_id": "{ended[0]["request_id"]}", "document_id": "{id_in(paths[0])}", "attempt": 1'
+    assert len(requeued) == 2 and about in str(requeued)
 
 
 def test_exit_is_bounded_while_nobody_can_write(tmp_path: Path) -> None:
@@ -2154,21 +2157,18 @@ def test_a_full_disk_is_told_and_got_over(tmp_path: Path) -> None:
 
 
 def test_a_held_lock_makes_others_answer_503_but_to_readers(tmp_path: Path, monkeypatch: Patch) -> None:
-    settings = settings_in(tmp_path)
-    with running(settings) as client, (tmp_path / "data" / "documents.db.lock").open() as lock:
+    with running(settings_in(tmp_path)) as client, (tmp_path / "data" / "documents.db.lock").open() as lock:
         path = uploaded(client)
         monkeypatch.setattr("db.WRITE_SECONDS", 0.1)
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for answer in (httpx.get(f"{client.base_url}/readyz"), upload(client), upload(client, docx(), "a.docx"),
-                       client.post(f"{path}/process")):
+        for answer in (httpx.get(f"{client.base_url}/readyz"), client.post(f"{path}/process")):
             assert (*code_of(answer), answer.headers["Retry-After"]) == (503, "unavailable", "1")
         assert client.get(f"{path}/status").json()["status"] == "UPLOADED"
         fcntl.flock(lock, fcntl.LOCK_UN)
         monkeypatch.undo()
         assert client.get("/readyz").status_code == 200
-        documents = settled(client, settings.data_dir)  # what was answered with 503 has happened
+        documents = settled(client, tmp_path / "data")  # what was answered with 503 has happened
         assert documents[id_in(path)]["status"] == "COMPLETED"
-        assert stored_files(settings) == sorted(documents) and len(documents) == 3
 
 
 def test_an_upload_that_takes_too_long_is_stored_all_the_same(steps: Steps, monkeypatch: Patch) -> None:
@@ -2193,8 +2193,7 @@ def test_a_full_database_is_told_and_got_over(steps: Steps) -> None:
         assert set(answers) == {201, 507} and len(stored_files(steps.settings)) == answers.count(201)
         for connection in steps.connections:
             connection.execute("PRAGMA max_page_count = 1000000")
-        path = uploaded(client)
-        assert processed(client, path)["status"] == "COMPLETED"
+        assert processed(client, uploaded(client))["status"] == "COMPLETED"
         documents = settled(client, steps.settings.data_dir)
         assert len(documents) == answers.count(201) + 1
         until(lambda: stored_files(steps.settings) == sorted(documents))
