@@ -289,16 +289,16 @@ class Database:
         """One transaction. When its COMMIT fails, the writes are in doubt, except that a full disk stores none."""
         committing = False
         try:
-            with self.lock(), self._writer:  # the connection commits at the end, or rolls back after an exception
+            with self.lock(), self._writer:  # which rolls back after an exception
                 self._writer.execute("BEGIN IMMEDIATE")
                 for each in batch:
                     self._apply(each)
                 committing = True
+                self._writer.execute("COMMIT")
         except BaseException as error:
-            if committing and getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL:
-                error = InDoubt(str(error))
-            for each in batch:
-                each.error = each.error or error  # what `_apply` found wrong with one write says more
+            in_doubt = committing and getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL
+            for each in batch:  # what `_apply` found wrong with one write says more
+                each.error = each.error or (InDoubt(str(error)) if in_doubt else error)
 
     def _apply(self, each: Write[Any]) -> None:
         """Runs the operation. When it breaks, it is undone alone."""
@@ -390,14 +390,14 @@ class Database:
 
     @write
     def rotate(self, session_id: str, user_id: str, used_jti: str) -> Session | None:
-        """Uses a refresh token. The current one is replaced and becomes the previous one. The previous one is good for
-        REFRESH_GRACE, so using it again gives the same successor. None for a token that is not good."""
+        """Uses a refresh token. The session with that token's successor; None for a token that is not good any more."""
         now = time.time()
         self._writer.execute(
             "UPDATE sessions SET previous_jti = refresh_jti, refresh_jti = ?, rotated_at = ?"
             " WHERE session_id = ? AND user_id = ? AND refresh_jti = ?",
             (str(uuid.uuid4()), now, session_id, user_id, used_jti))
-        return first(Session, self._writer.execute(  # also for the token that has just become the previous one
+        # A good token is the previous one now: it was replaced just above, or within REFRESH_GRACE.
+        return first(Session, self._writer.execute(
             "SELECT session_id, user_id, username, expires_at, refresh_jti, rotated_at"
             " FROM sessions JOIN users USING (user_id) WHERE session_id = ? AND user_id = ?"
             " AND previous_jti = ? AND abs(? - rotated_at) < ?",
