@@ -240,7 +240,7 @@ class Database:
 
     def close(self) -> None:
         """Finishes what was submitted. A later write fails: its connection is closed."""
-        self.check_writable().exception()  # once this write has ended, so have all before it
+        self.forget_files([]).exception()  # once this write, of nothing, has ended, so have all before it
         with self.lock():  # since closing a connection checkpoints too
             self._reader.close()
             self._writer.close()
@@ -270,7 +270,7 @@ class Database:
             each.ended.set()
 
     def _next_batch(self, expected: int) -> list[Write[Any]]:
-        """Waits for a write, then up to 20 ms for as many as the last batch had uploads, as many a client goes on."""
+        """Waits for a write, then up to 20 ms for as many as the last batch had uploads: their clients often go on."""
         new, end = self._queue.get(), time.monotonic() + 0.02
         while 1 + self._queue.qsize() < expected and time.monotonic() < end:
             time.sleep(0.001)

@@ -371,7 +371,7 @@ class Exchange:
 
     An answer that is given before the body was read would be lost when the server closes the connection while the
     client still sends (RFC 9112, 9.6). So its bytes are sent at once, but the empty message that ends it only after the
-    rest of the request's body was read and thrown away.
+    rest of the request's body was read and thrown away; with `Connection: close` after two seconds at most.
     """
 
     def __init__(self, request: Request, receive: Receive, send: Send) -> None:
@@ -1000,10 +1000,10 @@ def form_or_json(model: type[BaseModel]) -> dict[str, Any]:
 def tokens_of(service: Service, session: Session) -> Tokens:
     """A new access token, and the session's current refresh token, whose text is always the same: so refreshes within
     REFRESH_GRACE get the same successor."""
-    settings, ids = service.settings, (session.user_id, session.session_id)
-    now, rotated_at, end = int(time.time()), int(session.rotated_at), int(session.expires_at)
-    access = auth.Claims(*ids, str(uuid.uuid4()), now, min(now + settings.access_token_seconds, end))
-    renewal = auth.Claims(*ids, session.refresh_jti, rotated_at, min(rotated_at + settings.refresh_token_seconds, end))
+    claims = functools.partial(auth.Claims, sub=session.user_id, sid=session.session_id)
+    now, issued, end = int(time.time()), int(session.rotated_at), int(session.expires_at)
+    access = claims(jti=str(uuid.uuid4()), iat=now, exp=min(now + service.settings.access_token_seconds, end))
+    renewal = claims(jti=session.refresh_jti, iat=issued, exp=min(issued + service.settings.refresh_token_seconds, end))
     return Tokens(
         access_token=service.signer.issue(auth.ACCESS, access), expires_in=access.exp - now,
         refresh_token=service.signer.issue(auth.REFRESH, renewal), refresh_expires_in=renewal.exp - now)
@@ -1181,7 +1181,7 @@ def set_socket_options(server: uvicorn.Server, idle_seconds: float) -> None:
     (tcp(7)) ends connections whose client takes nothing."""
     connections = [each.transport.get_extra_info("socket") for each in server.server_state.connections]
     for sock in [*connections, *(sock for each in server.servers for sock in each.sockets)]:
-        with contextlib.suppress(OSError, AttributeError):  # a Unix socket; a connection that has ended; macOS
+        with contextlib.suppress(OSError, AttributeError):  # not TCP, or ended; macOS has no TCP_USER_TIMEOUT
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(1000 * idle_seconds))
 

@@ -640,6 +640,7 @@ def test_logout_ends_the_session_at_once_at_all_processes_and_is_never_refused(t
             assert not allowed(other_process, tokens) and not allowed(client, tokens)
         assert refresh(client, tokens["refresh_token"]).status_code == 401
         assert allowed(client, other)
+        assert client.post("/auth/logout", json={}).status_code == 422
 
 
 def test_a_session_outlives_no_refresh_past_its_end(client: httpx.Client, monkeypatch: Patch) -> None:
@@ -1016,14 +1017,16 @@ def test_an_early_refusal_reaches_a_client_that_closes(
 
 def test_a_client_that_waits_for_100_continue_is_answered_at_once(client: httpx.Client, monkeypatch: Patch) -> None:
     monkeypatch.setattr(main, "DRAIN_SECONDS", 3600)  # so whoever waits for a body waits in vain
-    head = sent(b"", Expect="100-continue", Content_Length="9999")
-    with connected(client) as refused, connected(client) as taken:
+    good = part(PDF.ljust(9000)) + END
+    head = sent(b"", Expect="100-continue", Content_Length=str(len(good)))
+    with connected(client) as refused, connected(client) as taken, connected(client) as bad:
         refused.sendall(head)
         assert (answer := answer_on(refused))[0] == 401 and answer[1]["Connection"] == "close"  # no request may follow
-        taken.sendall(with_token(client, head))
-        assert taken.recv(25, socket.MSG_WAITALL).startswith(b"HTTP/1.1 100")
-        taken.sendall(part(bytes(2000)))
-        assert (answer := answer_on(taken))[0] == 415 and answer[1]["Connection"] is None  # the rest will come
+        for connection, body, status in ((taken, good, 201), (bad, part(bytes(2000)), 415)):
+            connection.sendall(with_token(client, head))
+            assert connection.recv(25, socket.MSG_WAITALL) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            connection.sendall(body)
+            assert (answer := answer_on(connection))[0] == status and answer[1]["Connection"] is None
 
 
 @pytest.mark.parametrize("piece, seconds, most", [(b"x" * 65536, 3600, 2**22), (b"x", 0.3, 2**28)], ids=range(2))
@@ -1811,6 +1814,7 @@ class Load:
         self.started: set[str] = set()  # `process` was answered
         self.deleting: set[str] = set()
         self.deleted: set[str] = set()  # DELETE was answered
+        self.ended: dict[str, str] = {}  # when a run ended
 
     @contextlib.contextmanager
     def on(self, client: httpx.Client) -> Iterator[None]:
@@ -1859,6 +1863,7 @@ class Load:
             assert document["sha256"] == hashlib.sha256(self.contents[self.uploaded[document_id]]).hexdigest()
             if document_id in self.started:
                 assert document["status"] == "COMPLETED"
+                assert self.ended.setdefault(document_id, document["updated_at"]) == document["updated_at"]
 
 
 KILL_ROUNDS = int(os.environ.get("KILL_ROUNDS", "1"))
@@ -1928,9 +1933,8 @@ def test_a_crash_at_any_step_loses_nothing_that_was_answered(steps: Steps, tmp_p
     same = ("create done", "publish", "sync", "open done")  # as after the step before
     assert {*same, "BEGIN", "COMMIT", "delete done"} <= {folder.name.partition(" ")[2] for folder in crashes}
     with ThreadPoolExecutor(8) as pool:
-        restarts = [pool.submit(restart_after_crash, folder, known, content, key)
-                    for folder, known in crashes.items() if not folder.name.endswith(same)]
-    assert [restart.result() for restart in restarts]
+        list(pool.map(lambda folder: restart_after_crash(folder, crashes[folder], content, key),
+                      [folder for folder in crashes if not folder.name.endswith(same)]))
 
 
 def test_a_fault_at_any_step_of_an_upload_is_answered(steps: Steps, caplog: pytest.LogCaptureFixture) -> None:
@@ -1948,10 +1952,9 @@ def test_a_fault_at_any_step_of_an_upload_is_answered(steps: Steps, caplog: pyte
         strays = stored_files(steps.settings)  # a COMMIT that failed may have written the row, so the file stays
         told = command(steps.settings, "check")[1].splitlines()
         assert len(strays) == 2 and told[:2] == [f"no document has the file {stray}" for stray in strays]
-        key = {"Idempotency-Key": "key"}
-        assert upload(client, PDF, "a.pdf", **key).status_code == 201
+        assert upload(client, PDF, "a.pdf", **{"Idempotency-Key": "key"}).status_code == 201
         steps.break_at("COMMIT", itertools.repeat(DATABASE_ERROR))
-        assert upload(client, PDF + b"\n", "a.pdf", **key).json()["code"] == "unavailable"  # that of its row
+        assert upload(client, PDF + b"\n", "a.pdf", **{"Idempotency-Key": "key"}).json()["code"] == "unavailable"
         assert upload(client, docx()[:60], "a.docx").status_code == 415  # it adds no row
 
 
@@ -2079,7 +2082,6 @@ def test_exit_is_bounded_and_loses_nothing(tmp_path: Path, caplog: pytest.LogCap
     with (odd_server(tmp_path, "never", DOCS_SHUTDOWN_SECONDS="0.5", DOCS_PROCESS_WORKERS="2") as server,
           server.client() as client, contextlib.ExitStack() as stack):
         paths = [uploaded(client, PDF, filename) for filename in ("stubborn.pdf", "a.pdf", "waiting.pdf")]
-        download = uploaded(client, big)
         assert [client.post(f"{path}/process").status_code for path in paths] == [202] * 3
         until(lambda: half_done(client, paths[0]) and half_done(client, paths[1]))
 
@@ -2089,7 +2091,7 @@ def test_exit_is_bounded_and_loses_nothing(tmp_path: Path, caplog: pytest.LogCap
             return connection
         send(b"")  # open, and silent
         polling = send(wire(f"GET {paths[0]}/status?wait=30"))
-        send(wire(f"GET {download}/file"))  # and nobody takes it
+        send(wire(f"GET {uploaded(client, big)}/file"))  # and nobody takes it
         hold.touch()
         uploads = [send(sent(part(big[:3_000_000]), Content_Length="9999999")), send(file("a.pdf"))]
         until(lambda: len(os.listdir(tmp_path / "data" / "files")) == 6)
@@ -2105,7 +2107,7 @@ def test_exit_is_bounded_and_loses_nothing(tmp_path: Path, caplog: pytest.LogCap
         assert len(settled(client, tmp_path / "data")) == 5
     requeued = [main.JsonFormatter().format(each) for each in caplog.records if each.msg == "process_requeued"]
     about = f'"request_id": "{ended[0]["request_id"]}", "document_id": "{id_in(paths[0])}", "attempt": 1'
-    assert len(requeued) == 2 and about in str(requeued)
+    assert len(requeued) == 2 and about in str(requeued) and '"status": 503' in server.output()
 
 
 def test_exit_is_bounded_while_nobody_can_write(tmp_path: Path) -> None:
@@ -2167,8 +2169,7 @@ def test_a_held_lock_makes_others_answer_503_but_to_readers(tmp_path: Path, monk
         fcntl.flock(lock, fcntl.LOCK_UN)
         monkeypatch.undo()
         assert client.get("/readyz").status_code == 200
-        documents = settled(client, tmp_path / "data")  # what was answered with 503 has happened
-        assert documents[id_in(path)]["status"] == "COMPLETED"
+        assert settled(client, tmp_path / "data")[id_in(path)]["status"] == "COMPLETED"  # in spite of the 503
 
 
 def test_an_upload_that_takes_too_long_is_stored_all_the_same(steps: Steps, monkeypatch: Patch) -> None:
