@@ -78,7 +78,7 @@ CREATE INDEX users_by_last_claim ON users (last_claim);
 FAILURE_LIMIT, FAILURE_WINDOW = 5, 15 * 60.0  # failed logins, seconds
 SESSION_SECONDS, MAX_SESSIONS = 30 * 86400.0, 50  # of one user
 REFRESH_GRACE = 10.0  # seconds in which a refresh token may be used again
-WRITE_SECONDS = 8.0  # less than REFRESH_GRACE: a client that got a 503 for its refresh may try again
+WRITE_SECONDS = 30.0  # how long a request waits for the disk
 INTERRUPTED = {"code": "interrupted", "message": "Every attempt was interrupted.", "retryable": True}
 # The two kinds of PROCESSING. The partial indexes have the same conditions.
 WAITING = "status = 'PROCESSING' AND run_id IS NULL"
@@ -164,18 +164,18 @@ class Write(Future[T]):
         self.error: BaseException | None = None  # of sync, operation or commit
         self.ended = asyncio.Event()
 
-    async def committed(self, seconds: float) -> T:
-        """What the operation returned, once it is on disk. Raises InDoubt when that takes longer; the write stays in
-        the queue (`asyncio.wrap_future` would take it out)."""
+    def __await__(self) -> Generator[Any, None, T]:
+        return self._committed().__await__()
+
+    async def _committed(self) -> T:
+        """What the operation returned, once it is on disk. Raises InDoubt when that takes longer than WRITE_SECONDS;
+        the write stays in the queue (`asyncio.wrap_future` would take it out)."""
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(WRITE_SECONDS):
                 await self.ended.wait()
         except TimeoutError:
             raise InDoubt("the write took too long") from None
         return self.result()
-
-    def __await__(self) -> Generator[Any, None, T]:
-        return self.committed(WRITE_SECONDS).__await__()
 
 
 def write(method: Callable[Concatenate["Database", P], T]) -> Callable[Concatenate["Database", P], Write[T]]:
@@ -305,7 +305,7 @@ class Database:
         self._writer.execute("SAVEPOINT operation")
         try:
             each.outcome = each.operation()
-        except BaseException as error:  # a storage's own, too, from `published` of `add_document`
+        except BaseException as error:
             if not self._writer.in_transaction:  # SQLite has rolled back the whole batch, as when the disk is full
                 raise
             each.error = error
@@ -412,12 +412,12 @@ class Database:
 
     # Documents
 
-    def add_document(self, published: Future[Document]) -> Write[Document]:
-        """Joins the queue once the file is published, and adds its document. The result is this document; or the one
-        that the owner uploaded under the same Idempotency-Key before, and then the new file is listed for removal."""
-        new = Write(lambda: self._add_document(published.result()), needs_sync=True)
-        published.add_done_callback(lambda _: self._queue.put(new))
-        return new
+    def add_document(self, new: Document) -> Write[Document]:
+        """Adds the document, whose file is published. The result is this document; or the one that the owner uploaded
+        under the same Idempotency-Key before, and then the new file is listed for removal."""
+        write = Write(functools.partial(self._add_document, new), needs_sync=True)
+        self._queue.put(write)
+        return write
 
     def _add_document(self, new: Document) -> Document:
         known = None if new.idempotency_key is None else self._find(

@@ -439,7 +439,6 @@ class Service:
         self.db, self.storage = open_stores(settings, storage)
         secret = settings.jwt_secret or secret_file(self.db, settings.data_dir / "jwt-secret").encode()
         self.signer = auth.TokenSigner(secret)
-        self.publishers = ThreadPoolExecutor(self.storage.parallel, "publisher")
         self.open_uploads = 0
         self.random = random.Random()  # ids are no secrets; os.urandom for each would cost small uploads 8 % more CPU
         self.db.loop = asyncio.get_running_loop()
@@ -471,11 +470,6 @@ class Service:
         if removed:
             await run_in_threadpool(self.storage.sync)
             await self.db.forget_files(removed)
-
-    def close(self) -> None:
-        """Finishes the uploads and writes that were begun."""
-        self.publishers.shutdown(cancel_futures=True)
-        self.db.close()
 
 
 def open_stores(settings: Settings, storage: Storage | None = None) -> tuple[Database, Storage]:
@@ -548,8 +542,6 @@ OwnDocument = Annotated[Document, Depends(DocumentOfCaller())]
 
 SMALL_BODY = 65536  # bytes: also what a multipart body may have around its file
 UPLOAD_SECONDS = 3600.0
-# How long an upload waits for its commit. Uploads that end together wait for each other's files, too.
-COMMIT_SECONDS, SLOWEST_STORAGE = 40.0, 100_000  # the latter in bytes a second, by a guess: 50 MB may take ten minutes
 # Bytes in memory: an upload that holds more than HELD_BY_ONE, or more than its share of HELD_BY_ALL, writes them.
 HELD_BY_ONE, HELD_BY_ALL = 2 * 2**20, 24 * 2**20
 
@@ -678,15 +670,6 @@ async def receive_file(request: Request, incoming: Incoming) -> None:
         raise FormParserError
     if not incoming.size:
         raise validation_error("There is no part named file, or it is empty.", "body", "file")
-
-
-def publish(incoming: Incoming, owner_id: str, idempotency_key: str | None) -> Document:
-    """Finishes the file, in a publisher's thread. Returns its document, which is not in the database yet."""
-    incoming.finish()
-    now = utc_now()
-    return Document(
-        incoming.key, owner_id, incoming.filename, incoming.media_type, incoming.size, incoming.sha256.hexdigest(),
-        Status.UPLOADED, now, now, idempotency_key=idempotency_key)
 
 
 # Processing
@@ -850,16 +833,18 @@ async def upload(request: Request) -> Response:
     service.open_uploads += 1
     try:
         await receive_file(request, incoming)
-        # One after the other: a publisher finishes the file, the committer adds its row, and this coroutine goes on.
-        published = service.publishers.submit(publish, incoming, user.user_id, idempotency_key)
-        added = service.db.add_document(published)
-        document = await added.committed(COMMIT_SECONDS + incoming.size / SLOWEST_STORAGE)
+        # The file, then its row: a crash between them leaves a file without a row, never a row without its file.
+        await run_in_threadpool(incoming.finish)
+        now = utc_now()
+        document = await service.db.add_document(Document(
+            incoming.key, user.user_id, incoming.filename, incoming.media_type, incoming.size,
+            incoming.sha256.hexdigest(), Status.UPLOADED, now, now, idempotency_key=idempotency_key))
         if document.sha256 != incoming.sha256.hexdigest():  # an earlier document under this key
             raise validation_error(
                 "It was used for another file.", "header", "Idempotency-Key", code="idempotency_key_reused")
     except InDoubt:  # the row may be committed: only a file that certainly has no row is removed
         raise
-    except Exception:  # not CancelledError (the end of the grace): a publisher may be at work on the file then
+    except Exception:  # not CancelledError (the end of the grace): a thread may be at work on the file then
         await run_in_threadpool(incoming.discard)
         raise
     finally:
@@ -1139,7 +1124,7 @@ async def running_service(
         await service.workers.close()
         for task in tasks:
             task.cancel()
-        closing = threading.Thread(target=service.close, name="close", daemon=True)
+        closing = threading.Thread(target=service.db.close, name="close", daemon=True)
         closing.start()
         await asyncio.to_thread(closing.join, 1)  # another process may hold the lock for longer
 

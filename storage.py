@@ -37,8 +37,6 @@ class Storage(Protocol):
 
     Whatever goes wrong is an OSError. Safe to use from several threads and processes at once."""
 
-    parallel: int  # calls of `publish` at once: few for a disk, many where they wait for a network
-
     def create(self, key: str) -> BinaryIO:
         """A new file to write, seek and read. It is not visible in the store until `publish`."""
 
@@ -63,8 +61,6 @@ class Storage(Protocol):
 
 class LocalStorage:
     """`Storage` in one folder of a local disk: the file `<key>`, or `<key>.part` before `publish`."""
-
-    parallel = 4
 
     def __init__(self, folder: Path) -> None:
         self._folder = os.fspath(folder)

@@ -33,7 +33,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPMessage, HTTPResponse
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
@@ -1534,8 +1534,6 @@ def test_the_log_names_no_unknown_user_and_the_table_keeps_a_hash(server: Proces
 class MemoryStorage:
     """The protocol in memory: what another store would be."""
 
-    parallel = 2
-
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
         self.sync = self.check = lambda: None
@@ -1767,12 +1765,8 @@ def test_a_write_that_breaks_changes_nothing(tmp_path: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         db.check_writable()  # waits for the lock; then the others share a transaction
         broken, good = db.forget_files(["a", cast(str, object())]), db.set_user("bob", "hash")
-        published = Future[Document]()
-        published.set_exception(SystemExit())
-        unpublished = db.add_document(published)
         fcntl.flock(lock, fcntl.LOCK_UN)
         assert "type 'object' is not supported" in str(broken.exception())
-        assert isinstance(unpublished.exception(), SystemExit)
         assert good.result() is None and db.user("bob") and db.deleted_files() == ["a"]
 
 
@@ -2099,12 +2093,12 @@ def test_exit_is_bounded_and_loses_nothing(tmp_path: Path, caplog: pytest.LogCap
         assert answer_on(polling)[2]["status"] == "PROCESSING"
         assert [answer_on(uploading)[2]["code"] for uploading in uploads] == ["unavailable"] * 2
         until((tmp_path / "never.lost").exists)
-        hold.unlink()  # the upload that was whole is published and added all the same
+        hold.unlink()
         server.process.wait(10)
     with running(settings_in(tmp_path, lease_seconds=0.5)) as client:
         ended = [processed(client, path) for path in paths]
         assert [status["attempts"] for status in ended] == [2, 2, 1]
-        assert len(settled(client, tmp_path / "data")) == 5
+        assert len(settled(client, tmp_path / "data")) == 4
     requeued = [main.JsonFormatter().format(each) for each in caplog.records if each.msg == "process_requeued"]
     about = f'"request_id": "{ended[0]["request_id"]}", "document_id": "{id_in(paths[0])}", "attempt": 1'
     assert len(requeued) == 2 and about in str(requeued) and '"status": 503' in server.output()
@@ -2175,15 +2169,15 @@ def test_a_held_lock_makes_others_answer_503_but_to_readers(tmp_path: Path, monk
 def test_an_upload_that_takes_too_long_is_stored_all_the_same(steps: Steps, monkeypatch: Patch) -> None:
     go = threading.Event()
     with steps.running() as client:
-        for slow_step in ("create", "publish done", "sync", "BEGIN", "COMMIT"):
+        for slow_step in ("sync", "BEGIN", "COMMIT"):
             with monkeypatch.context() as patch:
-                patch.setattr(main, "COMMIT_SECONDS", 0.1)
+                patch.setattr("db.WRITE_SECONDS", 0.1)
                 steps.tell = lambda step: step == slow_step and go.wait(30)
                 assert code_of(upload(client)) == (503, "unavailable")
             go.set()
             until(lambda: len(client.get("/documents").json()) == len(stored_files(steps.settings)))
             go.clear()
-        assert len(settled(client, steps.settings.data_dir)) == 5
+        assert len(settled(client, steps.settings.data_dir)) == 3
 
 
 def test_a_full_database_is_told_and_got_over(steps: Steps) -> None:
