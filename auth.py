@@ -30,16 +30,16 @@ class InvalidToken(Exception):
     """The token is not one of ours, not of this kind, or has expired."""
 
 
-# Strict: no NaN is a time. A str with a limit has no lone surrogate, which would fit no database.
-@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid", str_max_length=64))
+# A str with a limit has no lone surrogate, which would fit no database.
+@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, str_max_length=64))
 class Claims:
-    """The claims of a token, all required; times in whole seconds since the epoch. Raises ValueError for others."""
+    """The claims of a token, all required; times in seconds since the epoch. Raises ValueError for others."""
 
     sub: str  # the user's id
     sid: str  # the session's id
     jti: str
-    iat: int
-    exp: int
+    iat: float
+    exp: float
     iss: str = ISSUER
     aud: str = ISSUER
 

@@ -577,10 +577,7 @@ async def read_fields(request: Request, model: type[Model]) -> Model:
     try:
         if media_type == b"application/json":
             return model.model_validate_json(body)
-        pairs = parse_qsl(body.decode(errors="replace"), keep_blank_values=True)
-        if len(dict(pairs)) < len(pairs):  # RFC 6749, 3.2
-            raise validation_error("A field occurs more than once.", "body")
-        return model.model_validate(dict(pairs))
+        return model.model_validate(dict(parse_qsl(body.decode(errors="replace"), keep_blank_values=True)))
     except ValidationError as failure:
         raise RequestValidationError([
             {**error, "loc": ("body", *error["loc"])} for error in failure.errors()]) from None
@@ -631,10 +628,10 @@ class MultipartFile(MultipartParser):
 def decoded_filename(options: Mapping[bytes, bytes]) -> str:
     """`filename*` (RFC 8187), or `filename`: one encoded word (RFC 2047) or UTF-8. What can't be decoded stays."""
     plain = options.get(b"filename", b"")[-4096:].decode(errors="replace")
-    extended = options.get(b"filename_", b"")[-4096:].split(b"'")
+    extended = options.get(b"filename_", b"")[-4096:].split(b"'", 2)
     with contextlib.suppress(ValueError, LookupError, HeaderParseError):
         if len(extended) == 3 and len(extended[0]) <= 40:  # Python keeps the name of an unknown charset for ever
-            return unquote_to_bytes(extended[2]).decode(extended[0].decode())
+            return unquote_to_bytes(extended[2]).decode(extended[0].decode()) or plain
         if re.fullmatch(r"=\?[^?\s]{1,40}\?[BbQq]\?[^?\s]*\?=", plain):
             content, charset = cast(tuple[bytes, str], decode_header(plain)[0])
             return content.decode(charset)
@@ -986,12 +983,12 @@ def tokens_of(service: Service, session: Session) -> Tokens:
     """A new access token, and the session's current refresh token, whose text is always the same: so refreshes within
     REFRESH_GRACE get the same successor."""
     claims = functools.partial(auth.Claims, sub=session.user_id, sid=session.session_id)
-    now, issued, end = int(time.time()), int(session.rotated_at), int(session.expires_at)
+    now, issued, end = time.time(), session.rotated_at, session.expires_at
     access = claims(jti=str(uuid.uuid4()), iat=now, exp=min(now + service.settings.access_token_seconds, end))
     renewal = claims(jti=session.refresh_jti, iat=issued, exp=min(issued + service.settings.refresh_token_seconds, end))
     return Tokens(
-        access_token=service.signer.issue(auth.ACCESS, access), expires_in=access.exp - now,
-        refresh_token=service.signer.issue(auth.REFRESH, renewal), refresh_expires_in=renewal.exp - now)
+        access_token=service.signer.issue(auth.ACCESS, access), expires_in=round(access.exp - now),
+        refresh_token=service.signer.issue(auth.REFRESH, renewal), refresh_expires_in=round(renewal.exp - now))
 
 
 @router.post("/auth/login", tags=["auth"], summary="Log in with user name and password",
