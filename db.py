@@ -1,8 +1,8 @@
 """Every line of SQL: users and sessions, the life of a document, and the queue, which is the documents table itself.
 
 One thread writes, the committer. It commits all writes that wait in one transaction (group commit): the more writes
-wait, the fewer fsyncs each pays for. `add_document` and the methods marked `@write` return a Write: a coroutine awaits
-it, a thread takes its `result()`. All others read, over a second connection, which never waits for writers (WAL)."""
+wait, the fewer fsyncs each pays for. Methods marked with `write` return a Write: a coroutine awaits it, a thread takes
+its `result()`. The others read, over a second connection, which never waits for writers (WAL)."""
 import asyncio
 import contextlib
 import fcntl
@@ -178,11 +178,12 @@ class Write(Future[T]):
         return self.result()
 
 
-def write(method: Callable[Concatenate["Database", P], T]) -> Callable[Concatenate["Database", P], Write[T]]:
+def write(method: Callable[Concatenate["Database", P], T], needs_sync: bool = False,
+          ) -> Callable[Concatenate["Database", P], Write[T]]:
     """Runs the method in a transaction of the committer."""
     @functools.wraps(method)
     def submitted(self: "Database", /, *args: P.args, **kwargs: P.kwargs) -> Write[T]:
-        new = Write(functools.partial(method, self, *args, **kwargs))
+        new = Write(functools.partial(method, self, *args, **kwargs), needs_sync)
         self._queue.put(new)
         return new
     return submitted
@@ -211,12 +212,12 @@ class Database:
     @staticmethod
     def _usable_version(path: Path, keys: Callable[[], Iterator[str]]) -> int:
         """How many of MIGRATIONS have run. Raises ValueError when the file is not ours, or was lost."""
-        wal, version, tables = path.with_name(path.name + "-wal"), 0, set[str]()
+        version, tables = 0, set[str]()
         if path.exists() and path.stat().st_size:
             with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
                 (version,) = connection.execute("PRAGMA user_version").fetchone()
                 tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_schema")}
-        elif wal.exists() and wal.stat().st_size:  # SQLite would remove it
+        elif (wal := path.with_name(path.name + "-wal")).exists() and wal.stat().st_size:  # SQLite would remove it
             raise ValueError(f"there is a write-ahead log, but {path} is missing: was it lost?")
         if version > len(MIGRATIONS) or (tables and not (version and "sessions" in tables)):
             raise ValueError(f"{path} belongs to another program or to a later version of this one")
@@ -314,8 +315,8 @@ class Database:
 
     @write
     def check_writable(self) -> None:
-        """Writes a row as it is. Raises sqlite3.Error when nothing can be written now."""
-        self._writer.execute("UPDATE users SET username = username WHERE rowid = (SELECT min(rowid) FROM users)")
+        """Writes a number as it is. Raises sqlite3.Error when nothing can be written now."""
+        self._writer.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
     # Users and sessions
 
@@ -390,13 +391,13 @@ class Database:
 
     @write
     def rotate(self, session_id: str, user_id: str, used_jti: str) -> Session | None:
-        """Uses a refresh token. The session with that token's successor; None for a token that is not good any more."""
+        """Uses a refresh token. The session with that token's successor; None for a token that is not good any more.
+        The current token is replaced, and is the previous one then. That is good for REFRESH_GRACE. No other is."""
         now = time.time()
         self._writer.execute(
             "UPDATE sessions SET previous_jti = refresh_jti, refresh_jti = ?, rotated_at = ?"
             " WHERE session_id = ? AND user_id = ? AND refresh_jti = ?",
             (str(uuid.uuid4()), now, session_id, user_id, used_jti))
-        # A good token is the previous one now: it was replaced just above, or within REFRESH_GRACE.
         return first(Session, self._writer.execute(
             "SELECT session_id, user_id, username, expires_at, refresh_jti, rotated_at"
             " FROM sessions JOIN users USING (user_id) WHERE session_id = ? AND user_id = ?"
@@ -412,14 +413,10 @@ class Database:
 
     # Documents
 
-    def add_document(self, new: Document) -> Write[Document]:
+    @functools.partial(write, needs_sync=True)
+    def add_document(self, new: Document) -> Document:
         """Adds the document, whose file is published. The result is this document; or the one that the owner uploaded
         under the same Idempotency-Key before, and then the new file is listed for removal."""
-        write = Write(functools.partial(self._add_document, new), needs_sync=True)
-        self._queue.put(write)
-        return write
-
-    def _add_document(self, new: Document) -> Document:
         known = None if new.idempotency_key is None else self._find(
             self._writer, "owner_id = ? AND idempotency_key = ?", new.owner_id, new.idempotency_key)
         if known:
@@ -489,9 +486,12 @@ class Database:
         """Assigns a waiting document to this new run and counts the attempt; None when nothing waits. Owners take
         turns: it is the oldest document of the owner whose last claim is the longest ago."""
         owner_id = first(str, self._writer.execute(
-            "UPDATE users SET last_claim = (SELECT 1 + max(last_claim) FROM users) WHERE user_id = ("
             f"SELECT user_id FROM users WHERE EXISTS (SELECT 1 FROM documents WHERE {WAITING} AND owner_id = user_id)"
-            " ORDER BY last_claim LIMIT 1) RETURNING user_id"))  # NULL when nothing waits, and then no document has it
+            " ORDER BY last_claim LIMIT 1"))
+        if owner_id is None:
+            return None
+        self._writer.execute(
+            "UPDATE users SET last_claim = (SELECT 1 + max(last_claim) FROM users) WHERE user_id = ?", (owner_id,))
         now = utc_now()
         return first(Document, self._writer.execute(
             "UPDATE documents SET run_id = ?, beat_at = ?, attempts = attempts + 1, progress = 0, message = 'started',"

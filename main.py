@@ -696,8 +696,8 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
 
 class Workers:
     """The worker threads of this process. Each claims a queued document and calls the pipeline with it: that is a run.
-    A missing file makes the document FAILED, and so does whatever the pipeline raises, except RunEnded. Where storage
-    or database fail otherwise, the run just ends, like one whose process died.
+    A missing file makes the document FAILED, and so does whatever the pipeline raises, except RunEnded. A storage that
+    can't open the file otherwise, or a database that fails, ends the run like the death of its process.
 
     The queue is in the database, shared by all processes. `wake` lets an idle thread look there; `look_after_runs`
     calls it at least each second while documents wait, so nothing depends on the process that took the request.
