@@ -388,16 +388,7 @@ class Exchange:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.status = message["status"]
-            headers = MutableHeaders(raw=message["headers"])
-            headers.setdefault("Cache-Control", "no-store")
-            if self.request_body_unread and self._expects_100:  # a refused body may never come: RFC 9110, 10.1.1
-                headers["Connection"] = "close"
-            self._stays_open = headers.get("Connection") != "close"
-            headers.raw.extend([(b"x-request-id", request_id_of_context.get().encode()),
-                                (b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY")])
-            if self.request_body_unread:
-                await asyncio.sleep(0)  # uvicorn may just have refused a malformed body: then it drops this answer
+            await self._start(message)
         elif self.request_body_unread and not message.get("more_body", False):
             await self._send({**message, "more_body": True})  # the last bytes of the answer, but not its end
             await self._drain(DRAIN_SECONDS if self._stays_open else 2)
@@ -405,6 +396,19 @@ class Exchange:
                 return  # uvicorn would wait for the rest; it closes the connection of an answer without an end
             message = {"type": "http.response.body"}
         await self._send(message)
+
+    async def _start(self, message: Message) -> None:
+        """Notes the status, and adds the headers that every answer has."""
+        self.status = message["status"]
+        headers = MutableHeaders(raw=message["headers"])
+        headers.setdefault("Cache-Control", "no-store")
+        if self.request_body_unread and self._expects_100:  # a refused body may never come: RFC 9110, 10.1.1
+            headers["Connection"] = "close"
+        self._stays_open = headers.get("Connection") != "close"
+        headers.raw.extend([(b"x-request-id", request_id_of_context.get().encode()),
+                            (b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY")])
+        if self.request_body_unread:
+            await asyncio.sleep(0)  # uvicorn may just have refused a malformed body: then it drops this answer
 
     async def _drain(self, seconds: float) -> None:
         drained = 0
@@ -1031,15 +1035,18 @@ async def refresh(request: Request) -> Tokens:
     used. Any later use of the old token ends the session (RFC 9700, 4.14.2). Error: `invalid_grant`."""
     sent = await read_fields(request, RefreshToken)
     service = service_of(request)
-    with contextlib.suppress(auth.InvalidToken):
+    refused = Problem("invalid_grant", "The refresh token is invalid, expired, revoked or was used before.")
+    try:
         used = service.signer.verify(auth.REFRESH, sent.refresh_token)
-        if session := await service.db.rotate(used.sid, used.sub, used.jti):
-            request.state.username = session.username
-            return tokens_of(service, session)
-        # The session has ended; or the token was used before, and somebody else may have its successor.
+    except auth.InvalidToken:
+        raise refused from None
+    session = await service.db.rotate(used.sid, used.sub, used.jti)
+    if session is None:  # it has ended; or the token was used before, and somebody else may have its successor
         if username := await service.db.end_session(used.sid, used.sub):
             log_event("token_reused", logging.WARNING, user=username, client=client_address(request))
-    raise Problem("invalid_grant", "The refresh token is invalid, expired, revoked or was used before.")
+        raise refused
+    request.state.username = session.username
+    return tokens_of(service, session)
 
 
 @router.post("/auth/logout", tags=["auth"], summary="Log out", status_code=204, response_class=Response,
@@ -1104,8 +1111,8 @@ async def running_service(
     1. `follow_uvicorn` stops the workers within 0.1 s: no more runs begin, long polls are answered, the grace begins.
     2. uvicorn waits for open requests, and cancels them at the end of the grace: they are answered with 503.
     3. This function goes on after its `yield`. Runs have what is left of the grace, then writes have a second.
-    4. uvicorn raises the signal again, which ends the process. But process 1 of a container first waits for calls of
-       pipeline, storage and database that go on, as Python does after Ctrl-C.
+    4. uvicorn raises the signal again, which ends the process, whatever its threads do. It does not end process 1 of a
+       container: there, as after Ctrl-C, Python first waits for the calls of pipeline, storage and database.
     """
     log.setLevel(settings.log_level)
     raise_descriptor_limit()
