@@ -242,8 +242,9 @@ def part_name(name: str) -> str:
 
 def content_types(archive: zipfile.ZipFile) -> dict[str, str]:
     """What [Content_Types].xml declares: content types by `/part/name` or `.extension`, all in lower case."""
-    (types_entry,) = [  # else a ValueError: a DOCX has exactly one
-        entry for entry in archive.infolist() if part_name(entry.filename) == CONTENT_TYPES]
+    entries = [entry for entry in archive.infolist() if part_name(entry.filename) == CONTENT_TYPES]
+    if len(entries) != 1:
+        raise BadDocument("A DOCX has exactly one [Content_Types].xml.")
     declared: dict[str, str] = {}
 
     def on_element(name: str, attributes: dict[str, str]) -> None:
@@ -256,7 +257,7 @@ def content_types(archive: zipfile.ZipFile) -> dict[str, str]:
     def on_doctype(*_: object) -> NoReturn:  # OPC forbids DTDs; without one there are no entities to expand
         raise BadDocument("[Content_Types].xml has a DTD.")
 
-    content = b"".join(unpacked(archive, types_entry, MAX_CONTENT_TYPES))
+    content = b"".join(unpacked(archive, entries[0], MAX_CONTENT_TYPES))
     # OPC has these two encodings. The name of any other, however long, would stay in Python's memory.
     parser = expat.ParserCreate("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
     parser.StartElementHandler = on_element
