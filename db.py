@@ -37,15 +37,13 @@ CREATE INDEX sessions_of_user ON sessions (user_id);
 CREATE TABLE documents (
     document_id TEXT PRIMARY KEY,
     owner_id TEXT NOT NULL REFERENCES users ON DELETE CASCADE,
-    filename TEXT NOT NULL, media_type TEXT NOT NULL,
-    size INTEGER NOT NULL, sha256 TEXT NOT NULL, idempotency_key TEXT,
+    filename TEXT NOT NULL, media_type TEXT NOT NULL, size INTEGER NOT NULL, sha256 TEXT NOT NULL, idempotency_key TEXT,
     status TEXT NOT NULL DEFAULT 'UPLOADED' CHECK (status IN ('UPLOADED', 'PROCESSING', 'COMPLETED', 'FAILED')),
     created_at TEXT NOT NULL, updated_at TEXT NOT NULL,
     request_id TEXT, queued_at TEXT,  -- of the latest `process` request
     run_id TEXT,     -- a run is one claim by a worker; NULL unless a worker has the document
     beat_at REAL,    -- last sign of life of the run
-    attempts INTEGER NOT NULL DEFAULT 0,
-    progress INTEGER NOT NULL DEFAULT 0,
+    attempts INTEGER NOT NULL DEFAULT 0, progress INTEGER NOT NULL DEFAULT 0,
     message TEXT NOT NULL DEFAULT '',
     started_at TEXT, finished_at TEXT,
     error TEXT       -- JSON: code, message, retryable
@@ -168,8 +166,8 @@ class Write(Future[T]):
         return self._committed().__await__()
 
     async def _committed(self) -> T:
-        """What the operation returned, once it is on disk. Raises InDoubt when that takes longer than WRITE_SECONDS;
-        the write stays in the queue (`asyncio.wrap_future` would take it out)."""
+        """What the operation returned, once it is on disk. Raises InDoubt when that takes longer than WRITE_SECONDS.
+        The write stays in the queue then (`asyncio.wrap_future` would cancel it)."""
         try:
             async with asyncio.timeout(WRITE_SECONDS):
                 await self.ended.wait()
@@ -252,7 +250,7 @@ class Database:
         """One batch after the other: one sync of the files, one transaction, and then all futures."""
         batch: list[Write[Any]] = []
         while True:
-            batch = self._next_batch(expected=sum(each.needs_sync for each in batch))
+            batch = self._next_batch(expected=sum(each.needs_sync for each in batch))  # as many uploads as before
             self._sync_files([each for each in batch if each.needs_sync])
             self._commit_batch([each for each in batch if not each.error])
             for each in batch:
@@ -271,11 +269,12 @@ class Database:
             each.ended.set()
 
     def _next_batch(self, expected: int) -> list[Write[Any]]:
-        """Waits for a write, then up to 20 ms for as many as the last batch had uploads: their clients often go on."""
-        new, end = self._queue.get(), time.monotonic() + 0.02
+        """Waits for a write, then up to 20 ms for `expected` in all: clients often send the next upload at once."""
+        oldest = self._queue.get()
+        end = time.monotonic() + 0.02
         while 1 + self._queue.qsize() < expected and time.monotonic() < end:
             time.sleep(0.001)
-        return [new, *(self._queue.get() for _ in range(self._queue.qsize()))]
+        return [oldest, *(self._queue.get() for _ in range(self._queue.qsize()))]
 
     def _sync_files(self, uploads: list[Write[Any]]) -> None:
         """One sync for all. It is never retried: a second fsync may succeed though the first has lost a file's name."""
@@ -315,7 +314,7 @@ class Database:
 
     @write
     def check_writable(self) -> None:
-        """Writes a number as it is. Raises sqlite3.Error when nothing can be written now."""
+        """Writes the schema's version again, as it is. Raises sqlite3.Error when nothing can be written now."""
         self._writer.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
     # Users and sessions
@@ -392,7 +391,7 @@ class Database:
     @write
     def rotate(self, session_id: str, user_id: str, used_jti: str) -> Session | None:
         """Uses a refresh token. The session with that token's successor; None for a token that is not good any more.
-        The current token is replaced, and is the previous one then. That is good for REFRESH_GRACE. No other is."""
+        The current token becomes the previous one. The previous one stays good for REFRESH_GRACE, older ones do not."""
         now = time.time()
         self._writer.execute(
             "UPDATE sessions SET previous_jti = refresh_jti, refresh_jti = ?, rotated_at = ?"
@@ -435,7 +434,8 @@ class Database:
         """Newest first, those before `before`, a created_at and a document_id: an index seek, however long the list."""
         where, values = "owner_id = ? AND (created_at, document_id) < (?, ?)", [owner_id, *before]
         if status:
-            where, values = f"{where} AND status = ?", [*values, status]
+            where += " AND status = ?"
+            values.append(status)
         rows = self._reader.execute(
             f"SELECT {COLUMNS} FROM documents WHERE {where} ORDER BY created_at DESC, document_id DESC LIMIT ?",
             (*values, limit))
@@ -526,8 +526,8 @@ class Database:
 
     @write
     def renew_and_take_over(self, run_ids: Sequence[str], lease: float, max_attempts: int) -> list[Document]:
-        """Records a sign of life for these runs. Ends all runs whose last one is more than a lease ago, or ahead (the
-        clock was set back); returns their documents, which wait again, or are FAILED after the last attempt."""
+        """Records a sign of life for these runs. Ends all runs whose last one is more than a lease ago, or ahead (then
+        the clock was set back); returns their documents, which wait again, or are FAILED after the last attempt."""
         lost = f"{RUNNING} AND beat_at NOT BETWEEN :now - :lease AND :now + :lease"
         values = {"now": time.time(), "stamp": utc_now(), "lease": lease, "max_attempts": max_attempts,
                   "run_ids": json.dumps(run_ids), "message": INTERRUPTED["message"], "error": json.dumps(INTERRUPTED)}

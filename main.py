@@ -307,7 +307,8 @@ async def problem_of(request: Request, failure: BaseException) -> Problem:
         case HTTPException(status_code=405):
             methods = {method for route in request.app.routes if route.matches(request.scope)[0] == Match.PARTIAL
                        for method in route.methods}
-            methods |= {"HEAD"} if "GET" in methods else set()
+            if "GET" in methods:
+                methods.add("HEAD")
             return Problem("method_not_allowed", headers={"Allow": ", ".join(sorted(methods))})
         case HTTPException(status_code=404):
             return Problem("not_found")
@@ -371,14 +372,16 @@ class Exchange:
 
     An answer that is given before the body was read would be lost when the server closes the connection while the
     client still sends (RFC 9112, 9.6). So its bytes are sent at once, but the empty message that ends it only after the
-    rest of the request's body was read and thrown away; with `Connection: close` after two seconds at most.
+    rest of the request's body was read and thrown away: within DRAIN_SECONDS and DRAIN_BYTES, else the answer stays
+    without an end, and uvicorn closes the connection. An answer with `Connection: close` ends after two seconds.
     """
 
     def __init__(self, request: Request, receive: Receive, send: Send) -> None:
         self._receive, self._send, headers = receive, send, request.headers
         self.status = 0  # of the answer, once that has begun
         self.request_body_unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
-        self._expects_100, self._stays_open = "expect" in headers, True
+        self._expects_100 = "expect" in headers
+        self._stays_open = True
 
     async def receive(self) -> Message:
         self._expects_100 = False  # uvicorn sends it now
@@ -388,16 +391,16 @@ class Exchange:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            await self._start(message)
+            await self._complete_head(message)
         elif self.request_body_unread and not message.get("more_body", False):
             await self._send({**message, "more_body": True})  # the last bytes of the answer, but not its end
             await self._drain(DRAIN_SECONDS if self._stays_open else 2)
             if self.request_body_unread and self._stays_open:
-                return  # uvicorn would wait for the rest; it closes the connection of an answer without an end
+                return  # without an end, uvicorn closes the connection; with it, uvicorn would wait for the rest
             message = {"type": "http.response.body"}
         await self._send(message)
 
-    async def _start(self, message: Message) -> None:
+    async def _complete_head(self, message: Message) -> None:
         """Notes the status, and adds the headers that every answer has."""
         self.status = message["status"]
         headers = MutableHeaders(raw=message["headers"])
@@ -700,8 +703,9 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
 
 class Workers:
     """The worker threads of this process. Each claims a queued document and calls the pipeline with it: that is a run.
-    A missing file makes the document FAILED, and so does whatever the pipeline raises, except RunEnded. A storage that
-    can't open the file otherwise, or a database that fails, ends the run like the death of its process.
+    A missing file makes the document FAILED, and so does whatever the pipeline raises, except RunEnded. When the
+    storage can't open the file for another reason, or the database fails at the claim or at the end, the run ends like
+    the death of its process. Progress that can't be written is only logged.
 
     The queue is in the database, shared by all processes. `wake` lets an idle thread look there; `look_after_runs`
     calls it at least each second while documents wait, so nothing depends on the process that took the request.
@@ -715,8 +719,8 @@ class Workers:
         self.stopping, self._grace_end = False, math.inf  # by time.monotonic()
 
     def wake(self) -> None:
-        """Lets an idle thread look for a waiting document. Busy threads look when their run has ended. (A thread that
-        has just found nothing still counts as busy: then the next call of `look_after_runs` wakes it.)"""
+        """Lets an idle thread look for a waiting document. Busy threads look when their run has ended. (While the last
+        thread is just finding nothing, a call may be missed. The next `look_after_runs` makes up for it.)"""
         if not self.stopping and len(self._busy) < self._settings.process_workers:
             self._pool.submit(self._work)
 
@@ -840,9 +844,6 @@ async def upload(request: Request) -> Response:
         document = await service.db.add_document(Document(
             incoming.key, user.user_id, incoming.filename, incoming.media_type, incoming.size,
             incoming.sha256.hexdigest(), Status.UPLOADED, now, now, idempotency_key=idempotency_key))
-        if document.sha256 != incoming.sha256.hexdigest():  # an earlier document under this key
-            raise validation_error(
-                "It was used for another file.", "header", "Idempotency-Key", code="idempotency_key_reused")
     except InDoubt:  # the row may be committed: only a file that certainly has no row is removed
         raise
     except Exception:  # not CancelledError (the end of the grace): a thread may be at work on the file then
@@ -850,6 +851,9 @@ async def upload(request: Request) -> Response:
         raise
     finally:
         service.open_uploads -= 1
+    if document.sha256 != incoming.sha256.hexdigest():  # that of an earlier document under this key
+        raise validation_error(
+            "It was used for another file.", "header", "Idempotency-Key", code="idempotency_key_reused")
     headers = {"Location": f"{path_prefix(request)}/documents/{document.document_id}"}
     if document.document_id == incoming.key:
         log_event("uploaded", document_id=incoming.key, size=incoming.size, media_type=incoming.media_type)
@@ -890,7 +894,7 @@ async def process(document_id: uuid.UUID, request: Request, response: Response, 
             response_model=StatusOut)
 async def get_status(document: OwnDocument, request: Request, response: Response,
                      wait: Annotated[float, Query(ge=0, le=30, description="seconds")] = 0) -> Document:
-    """With `wait` it answers when processing ends, or after that time. Error: `not_found`."""
+    """With `wait`, the answer comes when processing has ended, or after that time. Error: `not_found`."""
     service, end = service_of(request), time.monotonic() + wait
     while document.status == Status.PROCESSING and time.monotonic() < end and not service.workers.stopping:
         await asyncio.sleep(0.1)
@@ -1032,7 +1036,7 @@ async def login(request: Request) -> Tokens:
              openapi_extra=form_or_json(RefreshToken))
 async def refresh(request: Request) -> Tokens:
     """Replaces the refresh token. The old token gives the same successor for 10 seconds more, unless the successor was
-    used. Any later use of the old token ends the session (RFC 9700, 4.14.2). Error: `invalid_grant`."""
+    used. Any later use, until it expires, ends the session (RFC 9700, 4.14.2). Error: `invalid_grant`."""
     sent = await read_fields(request, RefreshToken)
     service = service_of(request)
     refused = Problem("invalid_grant", "The refresh token is invalid, expired, revoked or was used before.")
@@ -1099,7 +1103,7 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
         redirect_slashes=False, redoc_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # FastAPI's OpenTelemetry: nothing collects it
         exception_handlers={HTTPException: problem_of, RequestValidationError: problem_of},
-        middleware=[Middleware(RequestMiddleware)], routes=router.routes)  # `include_router` would match twice
+        middleware=[Middleware(RequestMiddleware)], routes=router.routes)  # `include_router` matches each path twice
 
 
 @contextlib.asynccontextmanager
@@ -1111,8 +1115,8 @@ async def running_service(
     1. `follow_uvicorn` stops the workers within 0.1 s: no more runs begin, long polls are answered, the grace begins.
     2. uvicorn waits for open requests, and cancels them at the end of the grace: they are answered with 503.
     3. This function goes on after its `yield`. Runs have what is left of the grace, then writes have a second.
-    4. uvicorn raises the signal again, which ends the process, whatever its threads do. It does not end process 1 of a
-       container: there, as after Ctrl-C, Python first waits for the calls of pipeline, storage and database.
+    4. uvicorn raises the signal again, which ends the process, whatever its threads do. The kernel ignores it for
+       process 1 of a container: there, as after Ctrl-C, Python waits for calls of pipeline, storage and database.
     """
     log.setLevel(settings.log_level)
     raise_descriptor_limit()
