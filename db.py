@@ -314,8 +314,8 @@ class Database:
 
     @write
     def check_writable(self) -> None:
-        """Writes the schema's version again, as it is. Raises sqlite3.Error when nothing can be written now."""
-        self._writer.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+        """Writes a row as it is. Raises sqlite3.Error when nothing can be written now."""
+        self._writer.execute("UPDATE users SET username = username WHERE rowid = (SELECT min(rowid) FROM users)")
 
     # Users and sessions
 
@@ -508,7 +508,7 @@ class Database:
         self._update_run(
             run_id, document_id, "status = 'COMPLETED', run_id = NULL, progress = 100, message = 'completed',"
             " finished_at = ?", utc_now())
-        self._writer.execute("INSERT INTO results VALUES (?, ?)", (document_id, result))
+        self._writer.execute("INSERT INTO results VALUES (?, json(?))", (document_id, result))
 
     @write
     def fail(self, run_id: str, document_id: str, error: Mapping[str, Any]) -> None:

@@ -422,8 +422,9 @@ class Exchange:
 
 
 def logged_path(scope: Scope) -> str:
-    """The path, without what may be secret in an odd one: `?` and more (sent as %3F), `//user:password@host`."""
-    return re.sub(r"(?s)^/?([^/]*:)?//[^/]*|\?.*", "", scope["path"].removeprefix(scope.get("root_path", "")))
+    """The path, without what may be secret in an odd one: `//user:password@host`, and all that follows a character
+    which none of our paths has, such as a `?` that was sent as %3F."""
+    return re.sub(r"(?s)^/?([^/]*:)?//[^/]*|[^\w/.-].*", "", scope["path"].removeprefix(scope.get("root_path", "")))
 
 
 def client_address(request: Request) -> str:
@@ -446,6 +447,7 @@ class Service:
         self.db, self.storage = open_stores(settings, storage)
         secret = settings.jwt_secret or secret_file(self.db, settings.data_dir / "jwt-secret").encode()
         self.signer = auth.TokenSigner(secret)
+        self.publishers = ThreadPoolExecutor(32, "publisher")  # apart: uploads to a slow storage hold up no downloads
         self.open_uploads = 0
         self.random = random.Random()  # ids are no secrets; os.urandom for each would cost small uploads 8 % more CPU
         self.db.loop = asyncio.get_running_loop()
@@ -839,7 +841,7 @@ async def upload(request: Request) -> Response:
     try:
         await receive_file(request, incoming)
         # The file, then its row: a crash between them leaves a file without a row, never a row without its file.
-        await run_in_threadpool(incoming.finish)
+        await asyncio.get_running_loop().run_in_executor(service.publishers, incoming.finish)
         now = utc_now()
         document = await service.db.add_document(Document(
             incoming.key, user.user_id, incoming.filename, incoming.media_type, incoming.size,
