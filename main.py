@@ -447,7 +447,8 @@ class Service:
         self.db, self.storage = open_stores(settings, storage)
         secret = settings.jwt_secret or secret_file(self.db, settings.data_dir / "jwt-secret").encode()
         self.signer = auth.TokenSigner(secret)
-        self.publishers = ThreadPoolExecutor(32, "publisher")  # apart: uploads to a slow storage hold up no downloads
+        # Threads of their own, so that uploads to a slow storage hold up no downloads.
+        self.publishers = ThreadPoolExecutor(self.storage.parallel, "publisher")
         self.open_uploads = 0
         self.random = random.Random()  # ids are no secrets; os.urandom for each would cost small uploads 8 % more CPU
         self.db.loop = asyncio.get_running_loop()

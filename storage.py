@@ -37,6 +37,8 @@ class Storage(Protocol):
 
     Whatever goes wrong is an OSError. Safe to use from several threads and processes at once."""
 
+    parallel: int  # calls of `publish` at once: few for a disk, many where they wait for a network
+
     def create(self, key: str) -> BinaryIO:
         """A new file to write, seek and read. It is not visible in the store until `publish`."""
 
@@ -61,6 +63,8 @@ class Storage(Protocol):
 
 class LocalStorage:
     """`Storage` in one folder of a local disk: the file `<key>`, or `<key>.part` before `publish`."""
+
+    parallel = 4
 
     def __init__(self, folder: Path) -> None:
         self._folder = os.fspath(folder)
@@ -242,9 +246,8 @@ def part_name(name: str) -> str:
 
 def content_types(archive: zipfile.ZipFile) -> dict[str, str]:
     """What [Content_Types].xml declares: content types by `/part/name` or `.extension`, all in lower case."""
-    entries = [entry for entry in archive.infolist() if part_name(entry.filename) == CONTENT_TYPES]
-    if len(entries) != 1:
-        raise BadDocument("A DOCX has exactly one [Content_Types].xml.")
+    (types_entry,) = [  # else a ValueError: a DOCX has exactly one
+        entry for entry in archive.infolist() if part_name(entry.filename) == CONTENT_TYPES]
     declared: dict[str, str] = {}
 
     def on_element(name: str, attributes: dict[str, str]) -> None:
@@ -257,7 +260,7 @@ def content_types(archive: zipfile.ZipFile) -> dict[str, str]:
     def on_doctype(*_: object) -> NoReturn:  # OPC forbids DTDs; without one there are no entities to expand
         raise BadDocument("[Content_Types].xml has a DTD.")
 
-    content = b"".join(unpacked(archive, entries[0], MAX_CONTENT_TYPES))
+    content = b"".join(unpacked(archive, types_entry, MAX_CONTENT_TYPES))
     # OPC has these two encodings. The name of any other, however long, would stay in Python's memory.
     parser = expat.ParserCreate("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
     parser.StartElementHandler = on_element
