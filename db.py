@@ -76,7 +76,7 @@ CREATE INDEX users_by_last_claim ON users (last_claim);
 FAILURE_LIMIT, FAILURE_WINDOW = 5, 15 * 60.0  # failed logins, seconds
 SESSION_SECONDS, MAX_SESSIONS = 30 * 86400.0, 50  # of one user
 REFRESH_GRACE = 10.0  # seconds in which a refresh token may be used again
-WRITE_SECONDS = 30.0  # how long a request waits for the disk
+WRITE_SECONDS = 30.0  # how long a request waits for its write to be on disk
 INTERRUPTED = {"code": "interrupted", "message": "Every attempt was interrupted.", "retryable": True}
 # The two kinds of PROCESSING. The partial indexes have the same conditions.
 WAITING = "status = 'PROCESSING' AND run_id IS NULL"

@@ -849,7 +849,7 @@ async def upload(request: Request) -> Response:
             incoming.sha256.hexdigest(), Status.UPLOADED, now, now, idempotency_key=idempotency_key))
     except InDoubt:  # the row may be committed: only a file that certainly has no row is removed
         raise
-    except Exception:  # not CancelledError (the end of the grace): a thread may be at work on the file then
+    except Exception:  # not CancelledError (the end of the grace): a publisher may be at work on the file then
         await run_in_threadpool(incoming.discard)
         raise
     finally:
