@@ -91,7 +91,7 @@ class Throttled(Exception):
     """Too many logins failed. `args[0]` is the number of seconds until the next login is looked at."""
 
 
-class RunEnded(Exception):
+class RunEnded(BaseException):  # like asyncio.CancelledError, so that no `except Exception` of a pipeline stops it
     """The run has to end: its document was deleted or taken over, or the grace of a shutdown is over."""
 
 
@@ -154,10 +154,9 @@ def first(make: Callable[..., T], rows: sqlite3.Cursor) -> T | None:
 class Write(Future[T]):
     """A write on its way to the disk: done when it is there, or has failed."""
 
-    def __init__(self, operation: Callable[[], T], needs_sync: bool = False) -> None:
+    def __init__(self, operation: Callable[[], T]) -> None:
         super().__init__()
         self.operation = operation
-        self.needs_sync = needs_sync  # it adds a document, whose file has to be durable before the commit
         self.outcome: Any = None  # of the operation; `result()` gives it once it is committed
         self.error: BaseException | None = None  # of sync, operation or commit
         self.ended = asyncio.Event()
@@ -176,12 +175,11 @@ class Write(Future[T]):
         return self.result()
 
 
-def write(method: Callable[Concatenate["Database", P], T], needs_sync: bool = False,
-          ) -> Callable[Concatenate["Database", P], Write[T]]:
+def write(method: Callable[Concatenate["Database", P], T]) -> Callable[Concatenate["Database", P], Write[T]]:
     """Runs the method in a transaction of the committer."""
     @functools.wraps(method)
     def submitted(self: "Database", /, *args: P.args, **kwargs: P.kwargs) -> Write[T]:
-        new = Write(functools.partial(method, self, *args, **kwargs), needs_sync)
+        new = Write(functools.partial(method, self, *args, **kwargs))
         self._queue.put(new)
         return new
     return submitted
@@ -189,8 +187,8 @@ def write(method: Callable[Concatenate["Database", P], T], needs_sync: bool = Fa
 
 class Database:
     def __init__(self, path: Path, sync: Callable[[], None], keys: Callable[[], Iterator[str]]) -> None:
-        """Opens or creates the file. `sync` makes the files of new documents durable, before their commit; `keys` lists
-        the stored files. Raises ValueError when the database is not ours or was lost; sqlite3.Error; OSError."""
+        """Opens or creates the file. Each commit comes after a `sync` of the storage; `keys` lists the stored files.
+        Raises ValueError when the database is not ours or was lost; sqlite3.Error; OSError."""
         self._sync = sync
         self.loop: asyncio.AbstractEventLoop | None = None  # in which writes are awaited
         self._queue: SimpleQueue[Write[Any]] = SimpleQueue()
@@ -215,8 +213,6 @@ class Database:
             with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
                 (version,) = connection.execute("PRAGMA user_version").fetchone()
                 tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_schema")}
-        elif (wal := path.with_name(path.name + "-wal")).exists() and wal.stat().st_size:  # SQLite would remove it
-            raise ValueError(f"there is a write-ahead log, but {path} is missing: was it lost?")
         if version > len(MIGRATIONS) or (tables and not (version and "sessions" in tables)):
             raise ValueError(f"{path} belongs to another program or to a later version of this one")
         if not tables and next(keys(), None):
@@ -227,19 +223,16 @@ class Database:
     def lock(self) -> Iterator[None]:
         """Lets one thread of one process in at a time. With SQLite's own lock alone, others would sleep and retry, and
         two processes could checkpoint at the same moment (the WAL-reset bug, before SQLite 3.51.3)."""
-        lock_file = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
+        with open(self._lock_path, "ab", buffering=0, opener=functools.partial(os.open, mode=0o600)) as lock_file:
             fcntl.flock(lock_file, fcntl.LOCK_EX)
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # an error here would say that a commit failed
-                fcntl.flock(lock_file, fcntl.LOCK_UN)  # a child of a fork may have the file open too
-            with contextlib.suppress(OSError):
-                os.close(lock_file)
+            try:
+                yield
+            finally:
+                fcntl.flock(lock_file, fcntl.LOCK_UN)  # closing is not enough: a forked child may have it open too
 
     def close(self) -> None:
         """Finishes what was submitted. A later write fails: its connection is closed."""
-        self.forget_files([]).exception()  # once this write, of nothing, has ended, so have all before it
+        self.check_writable().exception()  # once this write has ended, so have all before it
         with self.lock():  # since closing a connection checkpoints too
             self._reader.close()
             self._writer.close()
@@ -247,12 +240,11 @@ class Database:
     # The committer
 
     def _commit_forever(self) -> None:
-        """One batch after the other: one sync of the files, one transaction, and then all futures."""
+        """One batch after the other: one sync of the storage, one transaction, and then all futures."""
         batch: list[Write[Any]] = []
         while True:
-            batch = self._next_batch(expected=sum(each.needs_sync for each in batch))  # as many uploads as before
-            self._sync_files([each for each in batch if each.needs_sync])
-            self._commit_batch([each for each in batch if not each.error])
+            batch = self._next_batch(expected=len(batch))
+            self._commit_batch(batch)
             for each in batch:
                 if each.error:
                     each.set_exception(each.error)
@@ -269,26 +261,20 @@ class Database:
             each.ended.set()
 
     def _next_batch(self, expected: int) -> list[Write[Any]]:
-        """Waits for a write, then up to 20 ms for `expected` in all: clients often send the next upload at once."""
+        """Waits for a write, then up to 20 ms for `expected` in all: as many as last time, since clients that were
+        answered together often send their next requests together."""
         oldest = self._queue.get()
         end = time.monotonic() + 0.02
         while 1 + self._queue.qsize() < expected and time.monotonic() < end:
             time.sleep(0.001)
         return [oldest, *(self._queue.get() for _ in range(self._queue.qsize()))]
 
-    def _sync_files(self, uploads: list[Write[Any]]) -> None:
-        """One sync for all. It is never retried: a second fsync may succeed though the first has lost a file's name."""
-        try:
-            if uploads:
-                self._sync()
-        except BaseException as error:
-            for each in uploads:
-                each.error = error
-
     def _commit_batch(self, batch: list[Write[Any]]) -> None:
-        """One transaction. When its COMMIT fails, the writes are in doubt, except that a full disk stores none."""
+        """Files first, then rows, in one transaction. When its COMMIT fails, the writes are in doubt, except that a
+        full disk stores none."""
         committing = False
         try:
+            self._sync()  # never retried: a second fsync may succeed though the first lost a file's name
             with self.lock(), self._writer:  # which rolls back after an exception
                 self._writer.execute("BEGIN IMMEDIATE")
                 for each in batch:
@@ -412,7 +398,7 @@ class Database:
 
     # Documents
 
-    @functools.partial(write, needs_sync=True)
+    @write
     def add_document(self, new: Document) -> Document:
         """Adds the document, whose file is published. The result is this document; or the one that the owner uploaded
         under the same Idempotency-Key before, and then the new file is listed for removal."""
@@ -456,8 +442,8 @@ class Database:
         return [document_id for (document_id,) in rows]
 
     @write
-    def forget_files(self, document_ids: Sequence[str]) -> None:
-        self._writer.executemany("DELETE FROM deleted_files WHERE document_id = ?", [(each,) for each in document_ids])
+    def forget_file(self, document_id: str) -> None:
+        self._writer.execute("DELETE FROM deleted_files WHERE document_id = ?", (document_id,))
 
     def result(self, document_id: str) -> str | None:
         """The document's state and what the pipeline returned, as a JSON object; None unless it is COMPLETED."""

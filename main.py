@@ -422,9 +422,9 @@ class Exchange:
 
 
 def logged_path(scope: Scope) -> str:
-    """The path, without what may be secret in an odd one: `//user:password@host`, and all that follows a character
-    which none of our paths has, such as a `?` that was sent as %3F."""
-    return re.sub(r"(?s)^/?([^/]*:)?//[^/]*|[^\w/.-].*", "", scope["path"].removeprefix(scope.get("root_path", "")))
+    """Nothing of an odd path, which may hold a secret: `http://user:password@host/`, or a `?` that was sent as %3F."""
+    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    return path if re.fullmatch(r"/[\w/.-]*", path) else "odd"
 
 
 def client_address(request: Request) -> str:
@@ -468,18 +468,11 @@ class Service:
             log_event("first_user_added", user=name, password_is_in=source)
 
     async def remove_deleted_files(self) -> None:
-        """Removes the files of deleted documents, whatever process deleted the documents. The first failure ends the
-        round; the next round begins with other files."""
-        removed = []
-        try:
-            for document_id in self.db.deleted_files(1000):
-                await run_in_threadpool(self.storage.delete, document_id)
-                removed.append(document_id)
-        except Exception as failure:
-            log_event("storage_error", logging.ERROR, failure=failure)
-        if removed:
-            await run_in_threadpool(self.storage.sync)
-            await self.db.forget_files(removed)
+        """Removes the files of deleted documents, whatever process deleted the documents. A failure ends the round; the
+        next round begins with other files."""
+        for document_id in self.db.deleted_files(100):
+            await run_in_threadpool(self.storage.delete, document_id)
+            await self.db.forget_file(document_id)  # a commit comes after a sync of the storage
 
 
 def open_stores(settings: Settings, storage: Storage | None = None) -> tuple[Database, Storage]:
@@ -512,9 +505,6 @@ def service_of(request: Request) -> Service:
 class SessionBearer(OAuth2PasswordBearer):
     """The user of the access token: its signature is checked first, then that its session still stands."""
 
-    def __init__(self) -> None:
-        super().__init__("auth/login", "OAuth2", refreshUrl="auth/refresh", auto_error=False)
-
     async def __call__(self, request: Request) -> User:  # type: ignore[override]
         token = await super().__call__(request)
         if token is None:
@@ -528,24 +518,19 @@ class SessionBearer(OAuth2PasswordBearer):
         return user
 
 
+signed_in = SessionBearer("auth/login", "OAuth2", refreshUrl="auth/refresh", auto_error=False)
+CurrentUser = Annotated[User, Depends(signed_in)]
+
+
 def or_404(row: T | None) -> T:
     if row is None:
         raise Problem("not_found")
     return row
 
 
-class DocumentOfCaller(SessionBearer):
-    """The document of the path, if it is the caller's; any other is unknown. A subclass, since a dependency of its own
-    for the token would make a request 5 % slower."""
-
-    async def __call__(self, document_id: uuid.UUID, request: Request) -> Document:  # type: ignore[override]
-        user = await super().__call__(request)
-        return or_404(service_of(request).db.document(str(document_id), user.user_id))
-
-
-signed_in = SessionBearer()
-CurrentUser = Annotated[User, Depends(signed_in)]
-OwnDocument = Annotated[Document, Depends(DocumentOfCaller())]
+def own_document(request: Request, user: User, document_id: uuid.UUID) -> Document:
+    """The document, if it is this user's; any other is unknown."""
+    return or_404(service_of(request).db.document(str(document_id), user.user_id))
 
 
 # Bodies and uploads
@@ -773,7 +758,8 @@ class Workers:
         start = time.monotonic()
 
         def progress(percent: int, message: str) -> None:
-            self._check_grace()
+            if time.monotonic() > self._grace_end:
+                raise RunEnded
             percent = max(0, min(int(percent), 99))
             try:
                 self._db.record_progress(run_id, document.document_id, percent, message).result()
@@ -781,7 +767,6 @@ class Workers:
                 log_event("storage_error", logging.ERROR, failure=failure)
 
         def fail(failure: BaseException, code: str, message: str) -> None:
-            self._check_grace()
             message = message.encode(errors="replace").decode()  # a lone surrogate fits no database
             error = {"code": code, "message": message, "retryable": code == "pipeline_error"}
             self._db.fail(run_id, document.document_id, error).result()
@@ -800,15 +785,8 @@ class Workers:
             return fail(failure, "damaged_document", str(failure))
         except BaseException as failure:  # even a sys.exit of the pipeline makes FAILED
             return fail(failure, "pipeline_error", f"The pipeline failed: {type(failure).__name__}.")
-        self._check_grace()
         self._db.complete(run_id, document.document_id, result).result()
         log_run("process_completed", document, start)
-
-    def _check_grace(self) -> None:
-        """Raises RunEnded when the grace is over. Such a run stores no result and no failure, since these may come from
-        a pipeline that has caught the RunEnded of `progress`."""
-        if time.monotonic() > self._grace_end:
-            raise RunEnded
 
 
 def log_run(event: str, document: Document, start: float | None = None, **fields: Any) -> None:
@@ -895,13 +873,14 @@ async def process(document_id: uuid.UUID, request: Request, response: Response, 
 
 @router.get("/documents/{document_id:uuid}/status", tags=["processing"], summary="See how processing goes",
             response_model=StatusOut)
-async def get_status(document: OwnDocument, request: Request, response: Response,
+async def get_status(document_id: uuid.UUID, request: Request, response: Response, user: CurrentUser,
                      wait: Annotated[float, Query(ge=0, le=30, description="seconds")] = 0) -> Document:
     """With `wait`, the answer comes when processing has ended, or after that time. Error: `not_found`."""
-    service, end = service_of(request), time.monotonic() + wait
-    while document.status == Status.PROCESSING and time.monotonic() < end and not service.workers.stopping:
+    end, workers = time.monotonic() + wait, service_of(request).workers
+    document = own_document(request, user, document_id)
+    while document.status == Status.PROCESSING and time.monotonic() < end and not workers.stopping:
         await asyncio.sleep(0.1)
-        document = or_404(service.db.document(document.document_id, document.owner_id))
+        document = own_document(request, user, document_id)
     if document.status == Status.PROCESSING:
         response.headers.update(SOON)
     return document
@@ -909,8 +888,9 @@ async def get_status(document: OwnDocument, request: Request, response: Response
 
 @router.get("/documents/{document_id:uuid}/result", tags=["processing"], summary="Get the result of processing",
             response_model=ResultOut)
-async def get_result(document: OwnDocument, request: Request) -> Response:
+async def get_result(document_id: uuid.UUID, request: Request, user: CurrentUser) -> Response:
     """What the pipeline made of it. Errors: `not_found`, `not_processed`, `still_processing`, `processing_failed`."""
+    document = own_document(request, user, document_id)
     if document.status == Status.FAILED:
         raise Problem("processing_failed", error=json.loads(document.error or "null"))
     if document.status != Status.COMPLETED:
@@ -939,9 +919,9 @@ async def list_documents(
 
 
 @router.get("/documents/{document_id:uuid}", tags=["documents"], summary="Get one document", response_model=DocumentOut)
-async def get_one(document: OwnDocument) -> Document:
+async def get_one(document_id: uuid.UUID, request: Request, user: CurrentUser) -> Document:
     """The same as the upload answered, with the document's present status. Error: `not_found`."""
-    return document
+    return own_document(request, user, document_id)
 
 
 @router.get("/documents/{document_id:uuid}/file", tags=["documents"], summary="Download the stored file",
@@ -950,8 +930,9 @@ async def get_one(document: OwnDocument) -> Document:
                     ("application/octet-stream", PDF, DOCX),
                     {"schema": {"type": "string", "format": "binary"}, "example": "%PDF-1.7 ..."})},
                 304: {"description": "The client has this file already: see If-None-Match"}})
-async def get_file(document: OwnDocument, request: Request) -> Response:
+async def get_file(document_id: uuid.UUID, request: Request, user: CurrentUser) -> Response:
     """The bytes that were uploaded, with their SHA-256 as ETag. Errors: `not_found`, `file_missing`."""
+    document = own_document(request, user, document_id)
     headers = {"ETag": f'"{document.sha256}"', "Cache-Control": "private, no-cache"}
     if headers["ETag"] in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
@@ -1122,7 +1103,9 @@ async def running_service(
        process 1 of a container: there, as after Ctrl-C, Python waits for calls of pipeline, storage and database.
     """
     log.setLevel(settings.log_level)
-    raise_descriptor_limit()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS allows less than its hard limit says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 65536)), hard))  # an upload takes two of them
     gc.set_threshold(10_000)  # full collections, which stop everything for 20 ms, doubled the p99 of small uploads
     service = Service(settings, storage, pipeline)
     await service.add_administrator()
@@ -1138,13 +1121,6 @@ async def running_service(
         closing = threading.Thread(target=service.db.close, name="close", daemon=True)
         closing.start()
         await asyncio.to_thread(closing.join, 1)  # another process may hold the lock for longer
-
-
-def raise_descriptor_limit() -> None:
-    """An upload takes two descriptors; the usual soft limit of 1,024 would end at 500 of them."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # macOS allows less than its hard limit says
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 65536)), hard))
 
 
 async def repeat(action: Callable[[], Awaitable[None]], seconds: float) -> None:

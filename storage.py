@@ -46,7 +46,8 @@ class Storage(Protocol):
         """Makes the object out of the file and closes the file. The object is durable after the next `sync`."""
 
     def sync(self) -> None:
-        """After the return all that was published or deleted before survives a power loss."""
+        """After the return all that was published or deleted before survives a power loss. Called before each commit of
+        the database, so a store that is durable without it does nothing here."""
 
     def open(self, key: str) -> BinaryIO:
         """A seekable reader; FileNotFoundError when there is no such object. A reader outlives a `delete`."""
