@@ -109,8 +109,7 @@ def scrypt(password: str, salt: bytes, n: int, r: int, p: int) -> bytes:
 
 def throttle_key(host: str) -> str:
     """For whom failed logins count: the IPv4 address, or the /64 of an IPv6 address, which is what a subscriber has."""
-    with contextlib.suppress(ValueError):
-        address = ipaddress.ip_address(host)
-        if isinstance(address, ipaddress.IPv6Address):
-            return str(address.ipv4_mapped or ipaddress.IPv6Network((int(address), 64), strict=False))
+    with contextlib.suppress(ValueError):  # it is no IPv6 address
+        address = ipaddress.IPv6Address(host)
+        return str(address.ipv4_mapped or ipaddress.IPv6Network((int(address), 64), strict=False))
     return host

@@ -84,7 +84,7 @@ RUNNING = "status = 'PROCESSING' AND run_id IS NOT NULL"
 
 
 class InDoubt(sqlite3.Error):
-    """Nobody can tell whether the write is there: the commit failed half-way, or did not end in time."""
+    """The commit failed half-way: nobody can tell whether the write is there."""
 
 
 class Throttled(Exception):
@@ -157,21 +157,16 @@ class Write(Future[T]):
     def __init__(self, operation: Callable[[], T]) -> None:
         super().__init__()
         self.operation = operation
-        self.outcome: Any = None  # of the operation; `result()` gives it once it is committed
-        self.error: BaseException | None = None  # of sync, operation or commit
         self.ended = asyncio.Event()
 
     def __await__(self) -> Generator[Any, None, T]:
         return self._committed().__await__()
 
     async def _committed(self) -> T:
-        """What the operation returned, once it is on disk. Raises InDoubt when that takes longer than WRITE_SECONDS.
-        The write stays in the queue then (`asyncio.wrap_future` would cancel it)."""
-        try:
-            async with asyncio.timeout(WRITE_SECONDS):
-                await self.ended.wait()
-        except TimeoutError:
-            raise InDoubt("the write took too long") from None
+        """What the operation returned, once it is on disk. After a TimeoutError the write stays in the queue
+        (`asyncio.wrap_future` would cancel it)."""
+        async with asyncio.timeout(WRITE_SECONDS):
+            await self.ended.wait()
         return self.result()
 
 
@@ -198,8 +193,8 @@ class Database:
             path.touch(0o600)  # SQLite gives its other files the same mode
             self._writer, self._reader = (
                 sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False) for _ in range(2))
-            for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "temp_store = MEMORY"):
-                self._writer.execute(f"PRAGMA {pragma}")
+            self._writer.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;"
+                                       " PRAGMA foreign_keys = ON; PRAGMA temp_store = MEMORY;")
             if version < len(MIGRATIONS):
                 self._writer.executescript(f"BEGIN IMMEDIATE; {''.join(MIGRATIONS[version:])}"
                                            f" PRAGMA user_version = {len(MIGRATIONS)}; COMMIT;")
@@ -240,16 +235,16 @@ class Database:
     # The committer
 
     def _commit_forever(self) -> None:
-        """One batch after the other: one sync of the storage, one transaction, and then all futures."""
+        """One batch after the other: a write, and those that wait with it. For up to 20 ms it waits for as many as last
+        time, since clients that were answered together often send their next requests together."""
         batch: list[Write[Any]] = []
         while True:
-            batch = self._next_batch(expected=len(batch))
+            expected, batch = len(batch), [self._queue.get()]
+            end = time.monotonic() + 0.02
+            while len(batch) + self._queue.qsize() < expected and time.monotonic() < end:
+                time.sleep(0.001)
+            batch += (self._queue.get() for _ in range(self._queue.qsize()))
             self._commit_batch(batch)
-            for each in batch:
-                if each.error:
-                    each.set_exception(each.error)
-                else:
-                    each.set_result(each.outcome)
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 if self.loop:  # one call for the batch: one for each write would slow down small uploads by 6 %
                     self.loop.call_soon_threadsafe(self._wake, batch)
@@ -260,42 +255,37 @@ class Database:
         for each in batch:
             each.ended.set()
 
-    def _next_batch(self, expected: int) -> list[Write[Any]]:
-        """Waits for a write, then up to 20 ms for `expected` in all: as many as last time, since clients that were
-        answered together often send their next requests together."""
-        oldest = self._queue.get()
-        end = time.monotonic() + 0.02
-        while 1 + self._queue.qsize() < expected and time.monotonic() < end:
-            time.sleep(0.001)
-        return [oldest, *(self._queue.get() for _ in range(self._queue.qsize()))]
-
     def _commit_batch(self, batch: list[Write[Any]]) -> None:
         """Files first, then rows, in one transaction. When its COMMIT fails, the writes are in doubt, except that a
         full disk stores none."""
+        outcomes: dict[Write[Any], Any] = {}  # of the writes that did not break
         committing = False
         try:
             self._sync()  # never retried: a second fsync may succeed though the first lost a file's name
-            with self.lock(), self._writer:  # which rolls back after an exception
+            with self.lock(), self._writer:  # which commits, or rolls back after an exception
                 self._writer.execute("BEGIN IMMEDIATE")
                 for each in batch:
-                    self._apply(each)
+                    self._apply(each, outcomes)
                 committing = True
-                self._writer.execute("COMMIT")
         except BaseException as error:
             in_doubt = committing and getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL
-            for each in batch:  # what `_apply` found wrong with one write says more
-                each.error = each.error or (InDoubt(str(error)) if in_doubt else error)
+            for each in batch:
+                if not each.done():
+                    each.set_exception(InDoubt(str(error)) if in_doubt else error)
+        else:
+            for each, outcome in outcomes.items():
+                each.set_result(outcome)
 
-    def _apply(self, each: Write[Any]) -> None:
+    def _apply(self, each: Write[Any], outcomes: dict[Write[Any], Any]) -> None:
         """Runs the operation. When it breaks, it is undone alone."""
         self._writer.execute("SAVEPOINT operation")
         try:
-            each.outcome = each.operation()
+            outcomes[each] = each.operation()
         except BaseException as error:
             if not self._writer.in_transaction:  # SQLite has rolled back the whole batch, as when the disk is full
                 raise
-            each.error = error
             self._writer.execute("ROLLBACK TO operation")
+            each.set_exception(error)
         self._writer.execute("RELEASE operation")
 
     @write
@@ -402,9 +392,8 @@ class Database:
     def add_document(self, new: Document) -> Document:
         """Adds the document, whose file is published. The result is this document; or the one that the owner uploaded
         under the same Idempotency-Key before, and then the new file is listed for removal."""
-        known = None if new.idempotency_key is None else self._find(
-            self._writer, "owner_id = ? AND idempotency_key = ?", new.owner_id, new.idempotency_key)
-        if known:
+        known = self._find(self._writer, "owner_id = ? AND idempotency_key = ?", new.owner_id, new.idempotency_key)
+        if known:  # never without a key: to SQL, NULL equals nothing
             self._writer.execute("INSERT INTO deleted_files VALUES (?)", (new.document_id,))
             return known
         self._writer.execute(f"INSERT INTO documents ({COLUMNS}) VALUES ({', '.join('?' * len(new))})", new)
@@ -470,20 +459,19 @@ class Database:
     @write
     def claim(self, run_id: str) -> Document | None:
         """Assigns a waiting document to this new run and counts the attempt; None when nothing waits. Owners take
-        turns: it is the oldest document of the owner whose last claim is the longest ago."""
-        owner_id = first(str, self._writer.execute(
-            f"SELECT user_id FROM users WHERE EXISTS (SELECT 1 FROM documents WHERE {WAITING} AND owner_id = user_id)"
-            " ORDER BY last_claim LIMIT 1"))
-        if owner_id is None:
-            return None
-        self._writer.execute(
-            "UPDATE users SET last_claim = (SELECT 1 + max(last_claim) FROM users) WHERE user_id = ?", (owner_id,))
+        turns: it is the oldest document of the owner whose last claim is the longest ago. (A CROSS JOIN goes through
+        its tables in this order, by their indexes, and so without sorting.)"""
         now = utc_now()
-        return first(Document, self._writer.execute(
+        claimed = first(Document, self._writer.execute(
             "UPDATE documents SET run_id = ?, beat_at = ?, attempts = attempts + 1, progress = 0, message = 'started',"
-            " started_at = ?, updated_at = ? WHERE document_id = (SELECT document_id FROM documents"
-            f" WHERE {WAITING} AND owner_id = ? ORDER BY queued_at LIMIT 1) RETURNING {COLUMNS}",
-            (run_id, time.time(), now, now, owner_id)))
+            " started_at = ?, updated_at = ? WHERE document_id = (SELECT document_id FROM users CROSS JOIN documents"
+            f" ON owner_id = user_id WHERE {WAITING} ORDER BY last_claim, users.rowid, queued_at LIMIT 1)"
+            f" RETURNING {COLUMNS}", (run_id, time.time(), now, now)))
+        if claimed:
+            self._writer.execute(
+                "UPDATE users SET last_claim = (SELECT 1 + max(last_claim) FROM users) WHERE user_id = ?",
+                (claimed.owner_id,))
+        return claimed
 
     @write
     def record_progress(self, run_id: str, document_id: str, percent: int, message: str) -> None:

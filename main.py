@@ -825,7 +825,7 @@ async def upload(request: Request) -> Response:
         document = await service.db.add_document(Document(
             incoming.key, user.user_id, incoming.filename, incoming.media_type, incoming.size,
             incoming.sha256.hexdigest(), Status.UPLOADED, now, now, idempotency_key=idempotency_key))
-    except InDoubt:  # the row may be committed: only a file that certainly has no row is removed
+    except (InDoubt, TimeoutError):  # the row may be committed: only a file that certainly has no row is removed
         raise
     except Exception:  # not CancelledError (the end of the grace): a publisher may be at work on the file then
         await run_in_threadpool(incoming.discard)
