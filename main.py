@@ -62,7 +62,6 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -71,7 +70,6 @@ from db import Database, Document, InDoubt, RunEnded, Session, Status, Throttled
 from storage import (DOCX, MEDIA_TYPES, PDF, START_BYTES, BadDocument, Incoming, LocalStorage, Storage, check_is_whole,
                      fsync_folder, make_folder, private_opener)
 
-T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
 
 # Settings
@@ -118,25 +116,22 @@ def log_event(event: str, level: int = logging.INFO, *, failure: BaseException |
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line, in ASCII. Long texts are cut, since long lines of several processes may mix in a pipe
-    (pipe(7), PIPE_BUF)."""
+    """One JSON object a line, in ASCII. Texts are cut, as lines longer than PIPE_BUF may mix in a pipe (pipe(7))."""
 
     def format(self, record: logging.LogRecord) -> str:
-        event = record.getMessage()
-        if event.startswith("Traceback"):  # what Starlette says of a start that failed; the last line tells why
-            event = event.strip().rpartition("\n")[2]
         entry: dict[str, Any] = {
-            "timestamp": utc_now(), "level": record.levelname, "logger": record.name, "event": event[-1000:]}
+            "timestamp": utc_now(), "level": record.levelname, "logger": record.name,
+            "event": record.getMessage().strip().rpartition("\n")[2]}  # the last line of a traceback tells why
         if request_id := request_id_of_context.get():
             entry["request_id"] = request_id
-        entry |= {name: value[-160:] if isinstance(value, str) else value
-                  for name, value in getattr(record, "fields", {}).items()}
+        entry |= getattr(record, "fields", {})
         if record.exc_info and (failure := record.exc_info[1]):
             # An exception's text can hold what a client sent, except that of an OSError or sqlite3.Error.
-            text = f": {failure}"[:200] if isinstance(failure, (OSError, sqlite3.Error)) else ""
+            text = f": {failure}" if isinstance(failure, (OSError, sqlite3.Error)) else ""
             entry["exception"] = type(failure).__name__ + text
-            entry["stack"] = "".join(traceback.format_tb(failure.__traceback__, limit=-20))[-2000:]
-        return json.dumps(entry, default=str)
+            entry["stack"] = "".join(traceback.format_tb(failure.__traceback__, limit=-20))
+        cut = {name: value[-1500:] if isinstance(value, str) else value for name, value in entry.items()}
+        return json.dumps(cut, default=str)
 
 
 LOGGING = {  # for logging.config.dictConfig
@@ -144,10 +139,8 @@ LOGGING = {  # for logging.config.dictConfig
     "formatters": {"json": {"()": JsonFormatter}},
     "handlers": {"stdout": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout", "formatter": "json"}},
     "root": {"handlers": ["stdout"], "level": "INFO"},
-    "loggers": {
-        "uvicorn": {"handlers": [], "propagate": True},
-        # The `request` event says it better, and without the query.
-        "uvicorn.access": {"handlers": [], "propagate": False}}}
+    # These two lose their own handlers. The `request` event says it better than uvicorn's access log, and has no query.
+    "loggers": {"uvicorn": {"propagate": True}, "uvicorn.access": {"propagate": False}}}
 
 
 # Models: what is sent and received
@@ -239,7 +232,7 @@ PROBLEMS: dict[str, tuple[int, str, dict[str, str]]] = {
     "not_found": (404, "There is nothing here for you.", {}),
     "file_missing": (404, "The stored file of this document is gone.", {}),
     "method_not_allowed": (405, "This path does not take this method.", {}),
-    "upload_timeout": (408, "The body did not come in time.", {"Connection": "close"}),
+    "upload_timeout": (408, "The body did not come in time.", {}),
     "not_processed": (409, "Processing has not been started.", {}),
     "still_processing": (409, "Processing has not ended yet.", SOON),
     "processing_failed": (409, "Processing has failed.", {}),
@@ -255,17 +248,13 @@ PROBLEMS: dict[str, tuple[int, str, dict[str, str]]] = {
 }
 PROBLEM_SCHEMA = {
     "title": "Problem", "description": "RFC 9457. `code` is for programs, `detail` for people.", "type": "object",
-    "example": {"title": "Not Found", "status": 404, "detail": PROBLEMS["not_found"][1], "code": "not_found",
-                "request_id": "8f14e45f"},
     "required": ["title", "status", "detail", "code", "request_id"], "properties": {
         "title": {"type": "string"}, "status": {"type": "integer"}, "detail": {"type": "string"},
         "code": {"type": "string", "enum": list(PROBLEMS), "description": ", ".join(
             f"{code} ({status})" for code, (status, *_) in PROBLEMS.items())},
         "request_id": {"type": "string"},
-        "errors": {"description": "of a 422: never the input itself", "type": "array", "items": {
-            "type": "object", "properties": {"loc": {"type": "array", "items": {}}, "msg": {"type": "string"}}}},
-        "error": {"description": "OAuth 2 error code of a failed login; why processing failed"},
-        "error_description": {"type": "string"}}}
+        "errors": {"description": "of a 422: `loc` and `msg` of each", "type": "array", "items": {"type": "object"}},
+        "error": {"description": "why processing failed, or OAuth 2's code with `error_description`"}}}
 
 
 class Problem(Exception, Response):
@@ -300,8 +289,6 @@ async def problem_of(request: Request, failure: BaseException) -> Problem:
             return Problem("unsupported_media_type", str(failure))
         case FormParserError():
             return Problem("malformed_body")
-        case Throttled():
-            return Problem("too_many_attempts", headers={"Retry-After": str(math.ceil(failure.args[0]))})
         case auth.InvalidToken() | sqlite3.IntegrityError(sqlite_errorcode=sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY):
             return Problem("invalid_token")  # the latter: the user was removed during the upload
         case HTTPException(status_code=405):
@@ -348,12 +335,9 @@ class RequestMiddleware:
         # uvicorn leaves out the body of an answer to HEAD by itself.
         inner_scope = {**scope, "method": "GET", "head": True} if request.method == "HEAD" else scope
         try:
-            if exchange.request_body_unread and any(
-                    coding.lower() != "identity" for coding in request.headers.getlist("content-encoding")):
+            if exchange.request_body_unread and request.headers.get("content-encoding", "identity") != "identity":
                 raise Problem("unsupported_media_type", "Send the body without a Content-Encoding.")
             await self.app(inner_scope, exchange.receive, exchange.send)
-        except ClientDisconnect:
-            exchange.status = 499  # nobody is left to answer; what nginx logs
         except (Exception, asyncio.CancelledError) as failure:
             problem = await problem_of(request, failure)  # this logs the failure too
             if exchange.status:  # the answer has begun; uvicorn cuts it off
@@ -362,18 +346,21 @@ class RequestMiddleware:
                 exchange.request_body_unread = False  # the grace is over: no time is left to read the rest
             await problem(scope, exchange.receive, exchange.send)
         finally:
-            log_event("request", method=request.method, path=logged_path(scope), status=exchange.status,
+            path = scope["path"].removeprefix(scope["root_path"])
+            # An odd path may hold a secret: `http://user:password@host/`, or a `?` that was sent as %3F.
+            log_event("request", method=request.method, status=exchange.status,
+                      path=path if re.fullmatch("/[A-Za-z0-9_/.-]{,200}", path) else "odd",
                       duration_ms=round(1000 * (time.perf_counter() - start), 3), client=client_address(request),
-                      user=scope.get("state", {}).get("username"))
+                      user=scope["state"].get("username"))
 
 
 class Exchange:
     """One request and its answer: `receive` and `send` for the app.
 
-    An answer that is given before the body was read would be lost when the server closes the connection while the
-    client still sends (RFC 9112, 9.6). So its bytes are sent at once, but the empty message that ends it only after the
-    rest of the request's body was read and thrown away: within DRAIN_SECONDS and DRAIN_BYTES, else the answer stays
-    without an end, and uvicorn closes the connection. An answer with `Connection: close` ends after two seconds.
+    An answer that comes before the body was read would be lost if the connection was closed while the client still
+    sends (RFC 9112, 9.6). So what is left of the body is read and thrown away, within bounds. When little is left, that
+    happens before the answer, and the connection stays open. Else the answer says `Connection: close`: its bytes are
+    sent at once, the empty message that ends it (and so the connection) after the rest was read.
     """
 
     def __init__(self, request: Request, receive: Receive, send: Send) -> None:
@@ -381,50 +368,35 @@ class Exchange:
         self.status = 0  # of the answer, once that has begun
         self.request_body_unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
         self._expects_100 = "expect" in headers
-        self._stays_open = True
 
     async def receive(self) -> Message:
-        self._expects_100 = False  # uvicorn sends it now
         message = await self._receive()
         self.request_body_unread = message.get("more_body", False)
         return message
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            await self._complete_head(message)
+            if self.request_body_unread and not self._expects_100:  # else the client sends nothing (RFC 9110, 10.1.1)
+                await self._drain(0.1, SMALL_BODY)
+            self.status = message["status"]
+            headers = MutableHeaders(raw=message["headers"])
+            headers.setdefault("Cache-Control", "no-store")
+            if self.request_body_unread:
+                headers["Connection"] = "close"
+            headers.raw.extend([(b"x-request-id", request_id_of_context.get().encode()),
+                                (b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY")])
         elif self.request_body_unread and not message.get("more_body", False):
             await self._send({**message, "more_body": True})  # the last bytes of the answer, but not its end
-            await self._drain(DRAIN_SECONDS if self._stays_open else 2)
-            if self.request_body_unread and self._stays_open:
-                return  # without an end, uvicorn closes the connection; with it, uvicorn would wait for the rest
+            await self._drain(DRAIN_SECONDS, DRAIN_BYTES)
             message = {"type": "http.response.body"}
         await self._send(message)
 
-    async def _complete_head(self, message: Message) -> None:
-        """Notes the status, and adds the headers that every answer has."""
-        self.status = message["status"]
-        headers = MutableHeaders(raw=message["headers"])
-        headers.setdefault("Cache-Control", "no-store")
-        if self.request_body_unread and self._expects_100:  # a refused body may never come: RFC 9110, 10.1.1
-            headers["Connection"] = "close"
-        self._stays_open = headers.get("Connection") != "close"
-        headers.raw.extend([(b"x-request-id", request_id_of_context.get().encode()),
-                            (b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY")])
-        if self.request_body_unread:
-            await asyncio.sleep(0)  # uvicorn may just have refused a malformed body: then it drops this answer
-
-    async def _drain(self, seconds: float) -> None:
+    async def _drain(self, seconds: float, most: int) -> None:
         drained = 0
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while self.request_body_unread and drained < DRAIN_BYTES:
+                while self.request_body_unread and drained < most:
                     drained += len((await self.receive()).get("body", b""))
-
-
-def logged_path(scope: Scope) -> str:
-    """Nothing of an odd path, which may hold a secret: `http://user:password@host/`, or a `?` that was sent as %3F."""
-    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
-    return path if re.fullmatch(r"/[\w/.-]*", path) else "odd"
 
 
 def client_address(request: Request) -> str:
@@ -433,7 +405,7 @@ def client_address(request: Request) -> str:
 
 def path_prefix(request: Request) -> str:
     """What a client has to put before our paths, as `uvicorn --root-path` says."""
-    return str(request.scope.get("root_path", "")).rstrip("/")
+    return str(request.scope["root_path"]).rstrip("/")
 
 
 # The service and its dependencies
@@ -468,8 +440,7 @@ class Service:
             log_event("first_user_added", user=name, password_is_in=source)
 
     async def remove_deleted_files(self) -> None:
-        """Removes the files of deleted documents, whatever process deleted the documents. A failure ends the round; the
-        next round begins with other files."""
+        """Removes files of deleted documents. A failure ends the round; the next round begins with other files."""
         for document_id in self.db.deleted_files(100):
             await run_in_threadpool(self.storage.delete, document_id)
             await self.db.forget_file(document_id)  # a commit comes after a sync of the storage
@@ -522,15 +493,12 @@ signed_in = SessionBearer("auth/login", "OAuth2", refreshUrl="auth/refresh", aut
 CurrentUser = Annotated[User, Depends(signed_in)]
 
 
-def or_404(row: T | None) -> T:
-    if row is None:
-        raise Problem("not_found")
-    return row
-
-
 def own_document(request: Request, user: User, document_id: uuid.UUID) -> Document:
     """The document, if it is this user's; any other is unknown."""
-    return or_404(service_of(request).db.document(str(document_id), user.user_id))
+    document = service_of(request).db.document(str(document_id), user.user_id)
+    if document is None:
+        raise Problem("not_found")
+    return document
 
 
 # Bodies and uploads
@@ -555,7 +523,7 @@ async def body_chunks(request: Request, limit: int, seconds: float = 0) -> Async
         except TimeoutError:
             raise Problem("upload_timeout") from None
         if message["type"] == "http.disconnect":
-            raise ClientDisconnect
+            raise Problem("upload_timeout")  # for the log: nobody is left to read it
         more = message.get("more_body", False)
         size += len(message.get("body", b""))
         if size > limit:
@@ -859,8 +827,9 @@ router.post(  # this route is only for /docs: the one above was added first and 
 async def process(document_id: uuid.UUID, request: Request, response: Response, user: CurrentUser) -> Document:
     """However many calls come, an UPLOADED or FAILED document is queued once. Errors: `not_found`, `queue_full`."""
     service, request_id = service_of(request), request_id_of_context.get()
-    document = or_404(await service.db.enqueue(
-        str(document_id), user.user_id, request_id, service.settings.max_queue))
+    document = await service.db.enqueue(str(document_id), user.user_id, request_id, service.settings.max_queue)
+    if document is None:
+        raise Problem("not_found")
     if document.status in (Status.UPLOADED, Status.FAILED):  # only a full queue leaves it so
         raise Problem("queue_full")
     if document.status == Status.COMPLETED:
@@ -891,12 +860,11 @@ async def get_status(document_id: uuid.UUID, request: Request, response: Respons
 async def get_result(document_id: uuid.UUID, request: Request, user: CurrentUser) -> Response:
     """What the pipeline made of it. Errors: `not_found`, `not_processed`, `still_processing`, `processing_failed`."""
     document = own_document(request, user, document_id)
+    if answer := service_of(request).db.result(document.document_id):
+        return Response(answer, media_type="application/json")
     if document.status == Status.FAILED:
         raise Problem("processing_failed", error=json.loads(document.error or "null"))
-    if document.status != Status.COMPLETED:
-        raise Problem("still_processing" if document.status == Status.PROCESSING else "not_processed")
-    answer = or_404(service_of(request).db.result(document.document_id))  # else it was deleted a moment ago
-    return Response(answer, media_type="application/json")
+    raise Problem("still_processing" if document.status == Status.PROCESSING else "not_processed")
 
 
 CURSOR = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z_[0-9a-f-]{36}$"  # created_at and id of the last document of a page
@@ -998,14 +966,14 @@ async def login(request: Request) -> Tokens:
     try:
         async with service.password_checks:
             if await request.is_disconnected():  # then scrypt would be for nobody
-                raise ClientDisconnect
+                raise Problem("upload_timeout")
             service.db.check_throttle(name_hash, throttle_key)
             right = await asyncio.to_thread(  # not in `run_in_threadpool`, whose threads may all wait for the storage
                 auth.verify_password, sent.password, user.password_hash if user else None)
             session = await service.db.record_login(user if right else None, name_hash, throttle_key)
-    except Throttled:
+    except Throttled as throttled:
         log_event("login_throttled", logging.WARNING, user=name, client=client)
-        raise
+        raise Problem("too_many_attempts", headers={"Retry-After": str(math.ceil(throttled.args[0]))}) from None
     finally:
         service.logins_under_way.remove(throttle_key)
     if session is None:
