@@ -226,11 +226,13 @@ class Database:
                 fcntl.flock(lock_file, fcntl.LOCK_UN)  # closing is not enough: a forked child may have it open too
 
     def close(self) -> None:
-        """Finishes what was submitted. A later write fails: its connection is closed."""
-        self.check_writable().exception()  # once this write has ended, so have all before it
-        with self.lock():  # since closing a connection checkpoints too
-            self._reader.close()
-            self._writer.close()
+        """Finishes what was submitted. A later write fails: its connection is closed. After a second, as when another
+        process holds the lock, the connections stay open."""
+        with contextlib.suppress(TimeoutError):
+            self.check_writable().exception(timeout=1)  # once this write has ended, so have all before it
+            with self.lock():  # since closing a connection checkpoints too
+                self._reader.close()
+                self._writer.close()
 
     # The committer
 
@@ -392,8 +394,9 @@ class Database:
     def add_document(self, new: Document) -> Document:
         """Adds the document, whose file is published. The result is this document; or the one that the owner uploaded
         under the same Idempotency-Key before, and then the new file is listed for removal."""
-        known = self._find(self._writer, "owner_id = ? AND idempotency_key = ?", new.owner_id, new.idempotency_key)
-        if known:  # never without a key: to SQL, NULL equals nothing
+        known = None if new.idempotency_key is None else self._find(
+            self._writer, "owner_id = ? AND idempotency_key = ?", new.owner_id, new.idempotency_key)
+        if known:
             self._writer.execute("INSERT INTO deleted_files VALUES (?)", (new.document_id,))
             return known
         self._writer.execute(f"INSERT INTO documents ({COLUMNS}) VALUES ({', '.join('?' * len(new))})", new)
@@ -519,6 +522,6 @@ class Database:
         self._writer.execute(f"UPDATE documents SET queued_at = :stamp WHERE {WAITING} AND queued_at > :stamp", values)
         return [Document(*row) for row in failed + requeued]
 
-    def waiting(self, most: int) -> int:
-        """How many documents wait for a run; counts up to `most`."""
-        return len(self._reader.execute(f"SELECT 1 FROM documents WHERE {WAITING} LIMIT ?", (most,)).fetchall())
+    def is_waiting(self) -> bool:
+        """Whether a document waits for a run."""
+        return self._reader.execute(f"SELECT 1 FROM documents WHERE {WAITING} LIMIT 1").fetchone() is not None

@@ -34,7 +34,6 @@ import signal
 import socket
 import sqlite3
 import sys
-import threading
 import time
 import traceback
 import unicodedata
@@ -42,13 +41,13 @@ import uuid
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from email.errors import HeaderParseError
 from email.header import decode_header
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, TypeVar, cast
-from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlencode
+from urllib.parse import parse_qsl, quote, unquote_to_bytes
 
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
@@ -236,7 +235,7 @@ PROBLEMS: dict[str, tuple[int, str, dict[str, str]]] = {
     "not_processed": (409, "Processing has not been started.", {}),
     "still_processing": (409, "Processing has not ended yet.", SOON),
     "processing_failed": (409, "Processing has failed.", {}),
-    "too_large": (413, "The body is too large.", {}),
+    "too_large": (413, "The body, or a part of it, is too large.", {}),
     "unsupported_media_type": (415, "This media type is not supported.", {}),
     "validation_error": (422, "The request has parameters or fields that can't be used: see errors.", {}),
     "idempotency_key_reused": (422, "This Idempotency-Key was used for another file.", {}),
@@ -553,12 +552,10 @@ class MultipartFile(MultipartParser):
         media_type, options = parse_options_header(content_type)
         if media_type != b"multipart/form-data":
             raise Problem("unsupported_media_type", "Send multipart/form-data with a part named file.")
-        if not options.get(b"boundary"):
-            raise FormParserError
         self._incoming = incoming
         self._header_name = bytearray()
         self._headers: defaultdict[bytes, bytearray] = defaultdict(bytearray)  # of the part: values by name
-        super().__init__(options[b"boundary"], {
+        super().__init__(options.get(b"boundary", b""), {
             "on_part_begin": self._headers.clear, "on_header_begin": self._header_name.clear,
             "on_header_field": lambda data, start, end: self._header_name.extend(data[start:end].lower()),
             "on_header_value": lambda data, start, end: self._headers[bytes(self._header_name)].extend(data[start:end]),
@@ -576,11 +573,10 @@ class MultipartFile(MultipartParser):
         _, options = parse_options_header(re.sub(rb"(?i);\s*filename\*\s*=", b"; filename_=", disposition))
         if options.get(b"name") != b"file":
             return
-        if self._incoming.filename:
-            raise validation_error("There are two parts named file.", "body", "file")
-        filename = self._incoming.filename = shown_filename(decoded_filename(options))
-        if not filename:
-            raise validation_error("The part named file has no filename.", "body", "file")
+        filename = shown_filename(decoded_filename(options))
+        if not filename or self._incoming.filename:
+            raise validation_error("There has to be one part named file, with a filename.", "body", "file")
+        self._incoming.filename = filename
         extension = filename[filename.rfind("."):].lower()
         if extension not in MEDIA_TYPES:
             raise Problem("unsupported_media_type", "The filename has to end in .pdf or .docx.")
@@ -619,10 +615,8 @@ async def receive_file(request: Request, incoming: Incoming) -> None:
     async for chunk in body_chunks(request, max_size + SMALL_BODY, UPLOAD_SECONDS):
         body_size += form.write(chunk)
         del chunk  # a thousand uploads that wait for their next chunk would hold a lot
-        if incoming.size > max_size:
+        if incoming.size > max_size or body_size - incoming.size > SMALL_BODY:
             raise Problem("too_large")
-        if body_size - incoming.size > SMALL_BODY:
-            raise Problem("too_large", f"There are more than {SMALL_BODY} bytes around the file.")
         share = min(HELD_BY_ONE, HELD_BY_ALL // service.open_uploads)
         if len(incoming.held) > max(START_BYTES, share):
             await run_in_threadpool(incoming.flush)
@@ -641,10 +635,9 @@ Pipeline = Callable[[BinaryIO, Document, Progress], Any]
 def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *, seconds: float) -> Any:
     """Stands where OCR and a language model will: checks that the file is whole, takes its time, makes up a result.
 
-    A pipeline gets the open file, the document, and `progress(percent, message)`, to be called between its steps: it
-    raises RunEnded when the run has to end. It returns what JSON can hold. Any other exception makes FAILED:
-    BadDocument says that the file is damaged, which its text explains; after others, trying again may help.
-    """
+    A pipeline returns what JSON can hold. Between its steps it calls `progress(percent, message)`, which raises
+    RunEnded when the run has to end. Any other exception makes FAILED: BadDocument, with a text for people, when the
+    file is damaged; after others, trying again may help."""
     check_is_whole(file, document.media_type)
     for percent, step in (0, "extracting text"), (25, "recognizing layout"), (50, "classifying"), (75, "summarizing"):
         progress(percent, step)
@@ -658,27 +651,39 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
 
 
 class Workers:
-    """The worker threads of this process. Each claims a queued document and calls the pipeline with it: that is a run.
-    A missing file makes the document FAILED, and so does whatever the pipeline raises, except RunEnded. When the
-    storage can't open the file for another reason, or the database fails at the claim or at the end, the run ends like
-    the death of its process. Progress that can't be written is only logged.
-
-    The queue is in the database, shared by all processes. `wake` lets an idle thread look there; `look_after_runs`
-    calls it at least each second while documents wait, so nothing depends on the process that took the request.
-    """
+    """Runs the documents of the queue, which is in the database: whatever process took the request. A run is one claim
+    and one call of the pipeline, in a thread. Whatever goes wrong with file or pipeline makes the document FAILED. When
+    the database fails at the claim or at the end, the run ends like the death of its process."""
 
     def __init__(self, service: Service, pipeline: Pipeline) -> None:
         self._db, self._storage, self._settings = service.db, service.storage, service.settings
         self._pipeline = pipeline
         self._pool = ThreadPoolExecutor(self._settings.process_workers, "worker")
-        self._busy: set[str] = set()  # the run id of each busy thread, also while it claims a document
+        self._run_ids: set[str] = set()  # of the runs that go on here
         self.stopping, self._grace_end = False, math.inf  # by time.monotonic()
 
-    def wake(self) -> None:
-        """Lets an idle thread look for a waiting document. Busy threads look when their run has ended. (While the last
-        thread is just finding nothing, a call may be missed. The next `look_after_runs` makes up for it.)"""
-        if not self.stopping and len(self._busy) < self._settings.process_workers:
-            self._pool.submit(self._work)
+    async def work(self) -> None:
+        """Runs waiting documents, one after the other, until none waits. `process_workers` tasks repeat this."""
+        while self._db.is_waiting() and not self.stopping:
+            run_id = uuid.uuid4().hex
+            request_id_of_context.set("")
+            self._run_ids.add(run_id)
+            try:
+                if document := await self._db.claim(run_id):
+                    request_id_of_context.set(document.request_id or "")  # also for what the pipeline logs
+                    await asyncio.get_running_loop().run_in_executor(
+                        self._pool, copy_context().run, self._run, run_id, document)
+            except RunEnded:
+                pass  # the document was deleted or taken over, or the grace of a shutdown is over
+            finally:
+                self._run_ids.discard(run_id)
+
+    async def look_after_runs(self) -> None:
+        """Gives a sign of life for the runs of this process, and ends runs whose process gives none."""
+        for document in await self._db.renew_and_take_over(
+                list(self._run_ids), self._settings.lease_seconds, self._settings.max_attempts):
+            event = "process_failed" if document.status == Status.FAILED else "process_requeued"
+            log_run(event, document, error="interrupted")
 
     def stop(self) -> None:
         """No run begins any more. Others have the grace; what is unfinished then is taken over after its lease."""
@@ -688,40 +693,10 @@ class Workers:
     async def close(self) -> None:
         """Waits for the runs until the grace is over."""
         self.stop()
-        while self._busy and time.monotonic() < self._grace_end:
+        while self._run_ids and time.monotonic() < self._grace_end:
             await asyncio.sleep(0.02)
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    async def look_after_runs(self) -> None:
-        """Gives a sign of life for the runs of this process, ends runs whose process gives none, and wakes threads."""
-        for document in await self._db.renew_and_take_over(
-                list(self._busy), self._settings.lease_seconds, self._settings.max_attempts):
-            event = "process_failed" if document.status == Status.FAILED else "process_requeued"
-            log_run(event, document, error="interrupted")
-        for _ in range(self._db.waiting(self._settings.process_workers)):
-            self.wake()
-
-    def _work(self) -> None:
-        """Claims documents and runs them, one after the other, until none waits."""
-        while not self.stopping:
-            run_id = uuid.uuid4().hex
-            self._busy.add(run_id)
-            try:
-                document = self._db.claim(run_id).result()
-                if document is None:
-                    return
-                self._run(run_id, document)
-            except RunEnded:
-                pass  # the document was deleted or taken over, or the grace of a shutdown is over
-            except Exception as failure:  # of storage or database: the run just ends
-                log_event("background_error", logging.ERROR, failure=failure)
-                return
-            finally:
-                self._busy.discard(run_id)
-                request_id_of_context.set("")
 
     def _run(self, run_id: str, document: Document) -> None:
-        request_id_of_context.set(document.request_id or "")  # also for what the pipeline logs
         log_run("process_started", document)
         start = time.monotonic()
 
@@ -731,30 +706,25 @@ class Workers:
             percent = max(0, min(int(percent), 99))
             try:
                 self._db.record_progress(run_id, document.document_id, percent, message).result()
-            except (sqlite3.Error, OSError) as failure:  # no fault of the pipeline, and no harm
+            except (sqlite3.Error, OSError) as failure:  # no fault of the pipeline, and no harm: it is only logged
                 log_event("storage_error", logging.ERROR, failure=failure)
 
-        def fail(failure: BaseException, code: str, message: str) -> None:
-            message = message.encode(errors="replace").decode()  # a lone surrogate fits no database
-            error = {"code": code, "message": message, "retryable": code == "pipeline_error"}
-            self._db.fail(run_id, document.document_id, error).result()
-            log_run("process_failed", document, start, failure=failure, error=code)
-
         try:
-            file = self._storage.open(document.document_id)
-        except FileNotFoundError as failure:
-            return fail(failure, "file_missing", "The stored file is gone.")
-        try:
-            with file:
+            with self._storage.open(document.document_id) as file:
                 result = json.dumps(self._pipeline(file, document, progress), allow_nan=False)
         except RunEnded:
             raise
-        except BadDocument as failure:
-            return fail(failure, "damaged_document", str(failure))
         except BaseException as failure:  # even a sys.exit of the pipeline makes FAILED
-            return fail(failure, "pipeline_error", f"The pipeline failed: {type(failure).__name__}.")
-        self._db.complete(run_id, document.document_id, result).result()
-        log_run("process_completed", document, start)
+            damaged = isinstance(failure, BadDocument)
+            code = "damaged_document" if damaged else "pipeline_error"
+            message = str(failure) if damaged else f"Processing failed: {type(failure).__name__}."
+            message = message.encode(errors="replace").decode()  # a lone surrogate fits no database
+            self._db.fail(
+                run_id, document.document_id, {"code": code, "message": message, "retryable": not damaged}).result()
+            log_run("process_failed", document, start, failure=failure, error=code)
+        else:
+            self._db.complete(run_id, document.document_id, result).result()
+            log_run("process_completed", document, start)
 
 
 def log_run(event: str, document: Document, start: float | None = None, **fields: Any) -> None:
@@ -835,7 +805,6 @@ async def process(document_id: uuid.UUID, request: Request, response: Response, 
     if document.status == Status.COMPLETED:
         response.status_code = 200
     else:
-        service.workers.wake()
         response.headers.update({**SOON, "Location": f"{path_prefix(request)}/documents/{document_id}/status"})
     return document
 
@@ -880,9 +849,8 @@ async def list_documents(
     documents = service_of(request).db.documents(user.user_id, limit + 1, status, before)
     if len(documents) > limit:
         last = documents[limit - 1]
-        query = {"limit": limit, "cursor": f"{last.created_at}_{last.document_id}"} | (
-            {"status": status} if status else {})
-        response.headers["Link"] = f'<{path_prefix(request)}/documents?{urlencode(query)}>; rel="next"'
+        query = f"limit={limit}&cursor={last.created_at}_{last.document_id}" + (f"&status={status}" if status else "")
+        response.headers["Link"] = f'<{path_prefix(request)}/documents?{query}>; rel="next"'
     return documents[:limit]
 
 
@@ -978,8 +946,7 @@ async def login(request: Request) -> Tokens:
         service.logins_under_way.remove(throttle_key)
     if session is None:
         log_event("login_failed", logging.WARNING, user=name, client=client)
-        raise Problem("invalid_grant", "Wrong user name or password.")
-    request.state.username = name
+        raise Problem("invalid_grant")
     log_event("login_succeeded", user=name, client=client)
     return tokens_of(service, session)
 
@@ -991,17 +958,15 @@ async def refresh(request: Request) -> Tokens:
     used. Any later use, until it expires, ends the session (RFC 9700, 4.14.2). Error: `invalid_grant`."""
     sent = await read_fields(request, RefreshToken)
     service = service_of(request)
-    refused = Problem("invalid_grant", "The refresh token is invalid, expired, revoked or was used before.")
     try:
         used = service.signer.verify(auth.REFRESH, sent.refresh_token)
     except auth.InvalidToken:
-        raise refused from None
+        raise Problem("invalid_grant") from None
     session = await service.db.rotate(used.sid, used.sub, used.jti)
     if session is None:  # it has ended; or the token was used before, and somebody else may have its successor
         if username := await service.db.end_session(used.sid, used.sub):
             log_event("token_reused", logging.WARNING, user=username, client=client_address(request))
-        raise refused
-    request.state.username = session.username
+        raise Problem("invalid_grant")
     return tokens_of(service, session)
 
 
@@ -1045,8 +1010,7 @@ DESCRIPTION = """Takes PDF and DOCX files, stores them, processes them in the ba
 
 def create_app(settings: Settings | None = None, *, storage: Storage | None = None,
                pipeline: Pipeline | None = None) -> FastAPI:
-    """The service. Settings are those of the environment at the start, storage is the local disk in the data
-    directory, and the pipeline is the simulated one, unless given here."""
+    """The service; by default with the settings of the environment, the local disk and the simulated pipeline."""
     if not logging.getLogger().handlers:  # else somebody configured it: gunicorn, `--log-config` with a root logger
         logging.config.dictConfig(LOGGING)
     return FastAPI(
@@ -1079,16 +1043,15 @@ async def running_service(
     await service.add_administrator()
     tasks = [asyncio.create_task(work) for work in (
         follow_uvicorn(service), repeat(service.workers.look_after_runs, min(1.0, settings.lease_seconds / 4)),
-        repeat(service.remove_deleted_files, 0.5))]
+        repeat(service.remove_deleted_files, 0.5),
+        *(repeat(service.workers.work, 0.1) for _ in range(settings.process_workers)))]
     try:
         yield {"service": service}
     finally:
         await service.workers.close()
         for task in tasks:
             task.cancel()
-        closing = threading.Thread(target=service.db.close, name="close", daemon=True)
-        closing.start()
-        await asyncio.to_thread(closing.join, 1)  # another process may hold the lock for longer
+        service.db.close()
 
 
 async def repeat(action: Callable[[], Awaitable[None]], seconds: float) -> None:
@@ -1116,9 +1079,8 @@ async def follow_uvicorn(service: Service) -> None:
 
 
 def set_socket_options(server: uvicorn.Server, idle_seconds: float) -> None:
-    """For the connections that are there, and the listening sockets: on Linux later connections inherit the options.
-    Without TCP_NODELAY, which connections lack with several workers, an answer may wait 40 ms. TCP_USER_TIMEOUT
-    (tcp(7)) ends connections whose client takes nothing."""
+    """For the connections that are there and, on Linux, for later ones, which inherit them. With several workers, an
+    answer may wait 40 ms without TCP_NODELAY. TCP_USER_TIMEOUT ends connections whose client takes nothing (tcp(7))."""
     connections = [each.transport.get_extra_info("socket") for each in server.server_state.connections]
     for sock in [*connections, *(sock for each in server.servers for sock in each.sockets)]:
         with contextlib.suppress(OSError, AttributeError):  # not TCP, or ended; macOS has no TCP_USER_TIMEOUT
@@ -1163,17 +1125,15 @@ def main(storage: Storage | None = None) -> int:
 
 
 def check_files(db: Database, storage: Storage, folder: Path) -> int:
-    """Prints which files and documents lack each other; 1 when there is one."""
-    def lacking() -> set[str]:
-        ids, deleted = db.document_ids(), set(db.deleted_files())
-        keys = set(storage.keys())  # last: else it could have a file whose rows are gone before they are read
-        return ({f"no document has the file {key}" for key in keys - ids - deleted}
-                | {f"the document {document_id} has no file" for document_id in ids - keys})
-
-    found = lacking()
-    time.sleep(1)
-    found &= lacking()  # what uploads and deletions are changing is not found twice
-    print(*sorted(found), f"{len(found)} files and documents lack each other in {folder}", sep="\n")
+    """Prints which files and documents lack each other; 1 when there is one. What comes or goes meanwhile does not."""
+    before = db.document_ids() | set(db.deleted_files())
+    keys = set(storage.keys())
+    time.sleep(1)  # in which the rows of files that were just published are written
+    after = db.document_ids()
+    strays = keys - before - after - set(db.deleted_files())
+    found = [f"no document has the file {key}" for key in sorted(strays)]
+    found += [f"the document {document_id} has no file" for document_id in sorted(before & after - keys)]
+    print(*found, f"{len(found)} files and documents lack each other in {folder}", sep="\n")
     return 1 if found else 0
 
 
