@@ -13,7 +13,7 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from datetime import datetime, timezone
 from enum import StrEnum
@@ -488,11 +488,11 @@ class Database:
         self._writer.execute("INSERT INTO results VALUES (?, json(?))", (document_id, result))
 
     @write
-    def fail(self, run_id: str, document_id: str, error: Mapping[str, Any]) -> None:
-        """`error` has the members of INTERRUPTED."""
+    def fail(self, run_id: str, document_id: str, code: str, message: str, retryable: bool) -> None:
+        error = json.dumps({"code": code, "message": message, "retryable": retryable})
         self._update_run(
             run_id, document_id, "status = 'FAILED', run_id = NULL, message = ?, error = ?, finished_at = ?",
-            error["message"], json.dumps(error), utc_now())
+            message, error, utc_now())
 
     def _update_run(self, run_id: str, document_id: str, assignments: str, *values: Any) -> None:
         """Raises RunEnded, and writes nothing, unless the document still belongs to this run."""

@@ -19,7 +19,6 @@ import argparse
 import asyncio
 import contextlib
 import errno
-import functools
 import gc
 import getpass
 import json
@@ -44,6 +43,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar, copy_context
 from email.errors import HeaderParseError
 from email.header import decode_header
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, TypeVar, cast
@@ -425,8 +425,7 @@ class Service:
         self.db.loop = asyncio.get_running_loop()
         self.password_checks = asyncio.Semaphore(2)  # scrypt takes 16 MiB and a processor
         self.logins_under_way: list[str] = []  # the throttle key of each
-        self.workers = Workers(self, pipeline or functools.partial(
-            simulated_pipeline, seconds=settings.process_seconds))
+        self.workers = Workers(self, pipeline or partial(simulated_pipeline, seconds=settings.process_seconds))
 
     async def add_administrator(self) -> None:
         """Adds the administrator where there is no user at all."""
@@ -435,8 +434,7 @@ class Service:
         name, file = self.settings.admin_username, self.settings.data_dir / "initial-password"
         password = self.settings.admin_password or secret_file(self.db, file)
         if await self.db.add_first_user(name, auth.hash_password(password)):
-            source = "DOCS_ADMIN_PASSWORD" if self.settings.admin_password else str(file)
-            log_event("first_user_added", user=name, password_is_in=source)
+            log_event("first_user_added", user=name, password_file=None if self.settings.admin_password else str(file))
 
     async def remove_deleted_files(self) -> None:
         """Removes files of deleted documents. A failure ends the round; the next round begins with other files."""
@@ -645,7 +643,6 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
     return {
         "document_type": "PDF" if document.media_type == PDF else "Word",
         "summary": f"A simulated summary of {document.filename}.",
-        "keywords": ["simulated", "document", "lifecycle"],
         "source": {"size": document.size, "sha256": document.sha256},
     }
 
@@ -719,8 +716,7 @@ class Workers:
             code = "damaged_document" if damaged else "pipeline_error"
             message = str(failure) if damaged else f"Processing failed: {type(failure).__name__}."
             message = message.encode(errors="replace").decode()  # a lone surrogate fits no database
-            self._db.fail(
-                run_id, document.document_id, {"code": code, "message": message, "retryable": not damaged}).result()
+            self._db.fail(run_id, document.document_id, code, message, retryable=not damaged).result()
             log_run("process_failed", document, start, failure=failure, error=code)
         else:
             self._db.complete(run_id, document.document_id, result).result()
@@ -741,6 +737,8 @@ router = APIRouter(responses={"default": {
     "description": "A problem. Its `code` says which one.",
     "content": {"application/problem+json": {"schema": PROBLEM_SCHEMA}}}})
 IDEMPOTENCY_KEY = "[!-~]{1,128}"
+CURSOR = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z_[0-9a-f-]{36}$"  # created_at and id of the last document of a page
+LOGINS_AT_ONCE = 10  # of one throttle key
 
 
 @router.route("/documents/upload", ["POST"])  # FastAPI's route would take a sixth of a small upload's time
@@ -836,9 +834,6 @@ async def get_result(document_id: uuid.UUID, request: Request, user: CurrentUser
     raise Problem("still_processing" if document.status == Status.PROCESSING else "not_processed")
 
 
-CURSOR = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z_[0-9a-f-]{36}$"  # created_at and id of the last document of a page
-
-
 @router.get("/documents", tags=["documents"], summary="List your documents", response_model=list[DocumentOut])
 async def list_documents(
         request: Request, response: Response, user: CurrentUser, limit: Annotated[int, Query(ge=1, le=200)] = 50,
@@ -897,9 +892,6 @@ async def delete(document_id: uuid.UUID, request: Request, user: CurrentUser) ->
     log_event("deleted", document_id=str(document_id))
 
 
-LOGINS_AT_ONCE = 10  # of one throttle key
-
-
 def form_or_json(model: type[BaseModel]) -> dict[str, Any]:
     return {  # without a parameter, openapi-python-client leaves an import out of its client
         "parameters": [{"name": "X-Request-ID", "in": "header", "required": False, "schema": {"type": "string"}}],
@@ -910,7 +902,7 @@ def form_or_json(model: type[BaseModel]) -> dict[str, Any]:
 def tokens_of(service: Service, session: Session) -> Tokens:
     """A new access token, and the session's current refresh token, whose text is always the same: so refreshes within
     REFRESH_GRACE get the same successor."""
-    claims = functools.partial(auth.Claims, sub=session.user_id, sid=session.session_id)
+    claims = partial(auth.Claims, sub=session.user_id, sid=session.session_id)
     now, issued, end = time.time(), session.rotated_at, session.expires_at
     access = claims(jti=str(uuid.uuid4()), iat=now, exp=min(now + service.settings.access_token_seconds, end))
     renewal = claims(jti=session.refresh_jti, iat=issued, exp=min(issued + service.settings.refresh_token_seconds, end))
@@ -947,6 +939,7 @@ async def login(request: Request) -> Tokens:
     if session is None:
         log_event("login_failed", logging.WARNING, user=name, client=client)
         raise Problem("invalid_grant")
+    request.state.username = name
     log_event("login_succeeded", user=name, client=client)
     return tokens_of(service, session)
 
@@ -967,6 +960,7 @@ async def refresh(request: Request) -> Tokens:
         if username := await service.db.end_session(used.sid, used.sub):
             log_event("token_reused", logging.WARNING, user=username, client=client_address(request))
         raise Problem("invalid_grant")
+    request.state.username = session.username
     return tokens_of(service, session)
 
 
@@ -1065,27 +1059,23 @@ async def repeat(action: Callable[[], Awaitable[None]], seconds: float) -> None:
 
 async def follow_uvicorn(service: Service) -> None:
     """Stops the workers, and so long polls, when uvicorn gets SIGTERM: the lifespan is told only when all requests have
-    ended. Before that, uvicorn's server gets the grace and its sockets their options."""
+    ended. Before that, uvicorn's server gets the grace, and its sockets the options that their connections inherit."""
     server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)  # uvicorn's handler is a method of its server
     if not isinstance(server, uvicorn.Server):
         return  # other servers have settings of their own for the grace
     server.config.timeout_graceful_shutdown = service.settings.shutdown_seconds  # type: ignore[assignment]
     while not server.started:
         await asyncio.sleep(0.05)
-    set_socket_options(server, service.settings.upload_idle_seconds)
+    idle = math.ceil(1000 * service.settings.upload_idle_seconds)
+    for listening in [sock for each in server.servers for sock in each.sockets]:
+        with contextlib.suppress(OSError, AttributeError):  # a Unix socket; macOS has no TCP_USER_TIMEOUT
+            # asyncio does not set it when uvicorn runs several workers: an answer may wait 40 ms then.
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # Ends a connection whose client takes nothing for so many milliseconds (tcp(7)).
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, idle)
     while not server.should_exit:
         await asyncio.sleep(0.1)
     service.workers.stop()
-
-
-def set_socket_options(server: uvicorn.Server, idle_seconds: float) -> None:
-    """For the connections that are there and, on Linux, for later ones, which inherit them. With several workers, an
-    answer may wait 40 ms without TCP_NODELAY. TCP_USER_TIMEOUT ends connections whose client takes nothing (tcp(7))."""
-    connections = [each.transport.get_extra_info("socket") for each in server.server_state.connections]
-    for sock in [*connections, *(sock for each in server.servers for sock in each.sockets)]:
-        with contextlib.suppress(OSError, AttributeError):  # not TCP, or ended; macOS has no TCP_USER_TIMEOUT
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(1000 * idle_seconds))
 
 
 # Commands

@@ -1247,21 +1247,6 @@ def test_a_download_that_nobody_reads_is_cut_off(server: Process) -> None:
         until(lambda: not any(path[-36:] in os.path.realpath(each) for each in descriptors.iterdir()))
 
 
-def test_the_first_connections_have_the_socket_options_too(tmp_path: Path) -> None:
-    server = uvicorn.Server(uvicorn.Config(create_app(settings_in(tmp_path)), log_config=None))
-    with (socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor(1) as pool,
-          socket.create_connection(listening.getsockname())):  # this one is accepted before the options are set
-        stopped = pool.submit(server.run, [listening])
-        until(lambda: server.started and server.server_state.connections)
-        main.set_socket_options(server, idle_seconds=30)
-        early, = (each.transport.get_extra_info("socket") for each in server.server_state.connections)
-        options = [each.getsockopt(socket.IPPROTO_TCP, option) for each in (early, listening)
-                   for option in (socket.TCP_NODELAY, socket.TCP_USER_TIMEOUT)]
-        server.should_exit = True
-        stopped.result()
-    assert options == [1, 30_000] * 2
-
-
 class Gate:
     """A pipeline that waits in the middle until it is told to go on."""
 
