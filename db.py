@@ -184,12 +184,12 @@ class Database:
     def __init__(self, path: Path, sync: Callable[[], None], keys: Callable[[], Iterator[str]]) -> None:
         """Opens or creates the file. Each commit comes after a `sync` of the storage; `keys` lists the stored files.
         Raises ValueError when the database is not ours or was lost; sqlite3.Error; OSError."""
-        self._sync = sync
+        self._sync, self._keys = sync, keys
         self.loop: asyncio.AbstractEventLoop | None = None  # in which writes are awaited
         self._queue: SimpleQueue[Write[Any]] = SimpleQueue()
         self._lock_path = path.with_name(path.name + ".lock")
         with self.lock():
-            version = self._usable_version(path, keys)
+            version = self._usable_version(path)
             path.touch(0o600)  # SQLite gives its other files the same mode
             self._writer, self._reader = (
                 sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False) for _ in range(2))
@@ -200,8 +200,7 @@ class Database:
                                            f" PRAGMA user_version = {len(MIGRATIONS)}; COMMIT;")
         threading.Thread(target=self._commit_forever, name="committer", daemon=True).start()
 
-    @staticmethod
-    def _usable_version(path: Path, keys: Callable[[], Iterator[str]]) -> int:
+    def _usable_version(self, path: Path) -> int:
         """How many of MIGRATIONS have run. Raises ValueError when the file is not ours, or was lost."""
         version, tables = 0, set[str]()
         if path.exists() and path.stat().st_size:
@@ -210,7 +209,7 @@ class Database:
                 tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_schema")}
         if version > len(MIGRATIONS) or (tables and not (version and "sessions" in tables)):
             raise ValueError(f"{path} belongs to another program or to a later version of this one")
-        if not tables and next(keys(), None):
+        if not tables and next(self._keys(), None):
             raise ValueError(f"there are stored files, but {path} is missing or has no tables: was it lost?")
         return version
 
@@ -237,11 +236,11 @@ class Database:
     # The committer
 
     def _commit_forever(self) -> None:
-        """One batch after the other: a write, and those that wait with it. For up to 20 ms it waits for as many as last
-        time, since clients that were answered together often send their next requests together."""
+        """One batch after the other: a write, and those that wait with it. Clients that were answered together often
+        send their next requests together, so it waits up to 20 ms for as many as last time, less one of the service."""
         batch: list[Write[Any]] = []
         while True:
-            expected, batch = len(batch), [self._queue.get()]
+            expected, batch = len(batch) - 1, [self._queue.get()]
             end = time.monotonic() + 0.02
             while len(batch) + self._queue.qsize() < expected and time.monotonic() < end:
                 time.sleep(0.001)
@@ -419,8 +418,18 @@ class Database:
             (*values, limit))
         return [Document(*row) for row in rows]
 
-    def document_ids(self) -> set[str]:
-        return {document_id for (document_id,) in self._reader.execute("SELECT document_id FROM documents")}
+    def compare_files(self) -> tuple[list[str], list[str]]:
+        """The keys of stored files that no document has, and the ids of documents that have no file. What is uploaded
+        or deleted meanwhile is in neither."""
+        def ids(table: str) -> set[str]:
+            return {document_id for (document_id,) in self._reader.execute(f"SELECT document_id FROM {table}")}
+
+        before, deleted = ids("documents"), ids("deleted_files")
+        keys = set(self._keys())
+        time.sleep(1)  # in which the rows of files that were just published are written
+        after = ids("documents")
+        strays = keys - before - deleted - after - ids("deleted_files")
+        return sorted(strays), sorted(before & after - keys)
 
     @write
     def delete(self, document_id: str, owner_id: str) -> bool:
@@ -428,9 +437,9 @@ class Database:
         return self._writer.execute(
             "DELETE FROM documents WHERE document_id = ? AND owner_id = ?", (document_id, owner_id)).rowcount == 1
 
-    def deleted_files(self, limit: int = -1) -> list[str]:  # to SQLite, -1 is no limit
-        """Ids whose files are to go, in random order, so that a file that can't be removed holds up no others."""
-        rows = self._reader.execute("SELECT document_id FROM deleted_files ORDER BY random() LIMIT ?", (limit,))
+    def deleted_files(self) -> list[str]:
+        """Some ids whose files are to go, at random, so that a file that can't be removed holds up no others."""
+        rows = self._reader.execute("SELECT document_id FROM deleted_files ORDER BY random() LIMIT 1000")
         return [document_id for (document_id,) in rows]
 
     @write
@@ -489,6 +498,7 @@ class Database:
 
     @write
     def fail(self, run_id: str, document_id: str, code: str, message: str, retryable: bool) -> None:
+        message = message.encode(errors="replace").decode()  # a lone surrogate fits no database
         error = json.dumps({"code": code, "message": message, "retryable": retryable})
         self._update_run(
             run_id, document_id, "status = 'FAILED', run_id = NULL, message = ?, error = ?, finished_at = ?",

@@ -23,7 +23,6 @@ import gc
 import getpass
 import json
 import logging.config
-import math
 import os
 import random
 import re
@@ -188,12 +187,6 @@ class DocumentOut(DocumentState):
     updated_at: Timestamp
 
 
-class ProcessingError(BaseModel):
-    code: str
-    message: str
-    retryable: bool
-
-
 class StatusOut(DocumentState):
     status: Status = Field(examples=["FAILED"])
     progress: int = Field(ge=0, le=100, examples=[0])
@@ -204,7 +197,7 @@ class StatusOut(DocumentState):
     updated_at: Timestamp
     started_at: Timestamp | None = Field(examples=[NOON])
     finished_at: Timestamp | None = Field(examples=[NOON])
-    error: Json[ProcessingError] | None = Field(description="only when FAILED", examples=[{
+    error: Json[dict[Literal["code", "message", "retryable"], Any]] | None = Field(examples=[{
         "code": "damaged_document", "message": "The PDF has no end-of-file marker.", "retryable": False}])
 
 
@@ -229,7 +222,6 @@ PROBLEMS: dict[str, tuple[int, str, dict[str, str]]] = {
                       {"WWW-Authenticate": 'Bearer error="invalid_token"'}),
     "invalid_grant": (401, "Wrong user name or password, or an invalid or expired refresh token.", BEARER),
     "not_found": (404, "There is nothing here for you.", {}),
-    "file_missing": (404, "The stored file of this document is gone.", {}),
     "method_not_allowed": (405, "This path does not take this method.", {}),
     "upload_timeout": (408, "The body did not come in time.", {}),
     "not_processed": (409, "Processing has not been started.", {}),
@@ -402,11 +394,6 @@ def client_address(request: Request) -> str:
     return request.client.host if request.client else "unknown"
 
 
-def path_prefix(request: Request) -> str:
-    """What a client has to put before our paths, as `uvicorn --root-path` says."""
-    return str(request.scope["root_path"]).rstrip("/")
-
-
 # The service and its dependencies
 
 
@@ -438,7 +425,7 @@ class Service:
 
     async def remove_deleted_files(self) -> None:
         """Removes files of deleted documents. A failure ends the round; the next round begins with other files."""
-        for document_id in self.db.deleted_files(100):
+        for document_id in self.db.deleted_files():
             await run_in_threadpool(self.storage.delete, document_id)
             await self.db.forget_file(document_id)  # a commit comes after a sync of the storage
 
@@ -511,11 +498,10 @@ async def body_chunks(request: Request, limit: int, seconds: float = 0) -> Async
     if int(request.headers.get("content-length", 0)) > limit:
         raise Problem("too_large")
     idle_seconds = service_of(request).settings.upload_idle_seconds
-    now = asyncio.get_running_loop().time
-    end, size, more = now() + max(seconds, idle_seconds), 0, True
+    end, size, more = time.monotonic() + max(seconds, idle_seconds), 0, True
     while more:
         try:
-            async with asyncio.timeout_at(min(end, now() + idle_seconds)):
+            async with asyncio.timeout(min(idle_seconds, end - time.monotonic())):
                 message = await request.receive()
         except TimeoutError:
             raise Problem("upload_timeout") from None
@@ -657,7 +643,7 @@ class Workers:
         self._pipeline = pipeline
         self._pool = ThreadPoolExecutor(self._settings.process_workers, "worker")
         self._run_ids: set[str] = set()  # of the runs that go on here
-        self.stopping, self._grace_end = False, math.inf  # by time.monotonic()
+        self.stopping, self._grace_end = False, float("inf")  # by time.monotonic()
 
     async def work(self) -> None:
         """Runs waiting documents, one after the other, until none waits. `process_workers` tasks repeat this."""
@@ -715,7 +701,6 @@ class Workers:
             damaged = isinstance(failure, BadDocument)
             code = "damaged_document" if damaged else "pipeline_error"
             message = str(failure) if damaged else f"Processing failed: {type(failure).__name__}."
-            message = message.encode(errors="replace").decode()  # a lone surrogate fits no database
             self._db.fail(run_id, document.document_id, code, message, retryable=not damaged).result()
             log_run("process_failed", document, start, failure=failure, error=code)
         else:
@@ -771,7 +756,7 @@ async def upload(request: Request) -> Response:
     if document.sha256 != incoming.sha256.hexdigest():  # that of an earlier document under this key
         raise validation_error(
             "It was used for another file.", "header", "Idempotency-Key", code="idempotency_key_reused")
-    headers = {"Location": f"{path_prefix(request)}/documents/{document.document_id}"}
+    headers = {"Location": request.url.path.removesuffix("upload") + document.document_id}
     if document.document_id == incoming.key:
         log_event("uploaded", document_id=incoming.key, size=incoming.size, media_type=incoming.media_type)
     else:
@@ -803,7 +788,7 @@ async def process(document_id: uuid.UUID, request: Request, response: Response, 
     if document.status == Status.COMPLETED:
         response.status_code = 200
     else:
-        response.headers.update({**SOON, "Location": f"{path_prefix(request)}/documents/{document_id}/status"})
+        response.headers.update({**SOON, "Location": request.url.path.removesuffix("process") + "status"})
     return document
 
 
@@ -845,7 +830,7 @@ async def list_documents(
     if len(documents) > limit:
         last = documents[limit - 1]
         query = f"limit={limit}&cursor={last.created_at}_{last.document_id}" + (f"&status={status}" if status else "")
-        response.headers["Link"] = f'<{path_prefix(request)}/documents?{query}>; rel="next"'
+        response.headers["Link"] = f'<{request.url.path}?{query}>; rel="next"'
     return documents[:limit]
 
 
@@ -862,15 +847,12 @@ async def get_one(document_id: uuid.UUID, request: Request, user: CurrentUser) -
                     {"schema": {"type": "string", "format": "binary"}, "example": "%PDF-1.7 ..."})},
                 304: {"description": "The client has this file already: see If-None-Match"}})
 async def get_file(document_id: uuid.UUID, request: Request, user: CurrentUser) -> Response:
-    """The bytes that were uploaded, with their SHA-256 as ETag. Errors: `not_found`, `file_missing`."""
+    """The bytes that were uploaded, with their SHA-256 as ETag. Errors: `not_found`, `unavailable`."""
     document = own_document(request, user, document_id)
     headers = {"ETag": f'"{document.sha256}"', "Cache-Control": "private, no-cache"}
     if headers["ETag"] in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
-    try:
-        file = await run_in_threadpool(service_of(request).storage.open, document.document_id)
-    except FileNotFoundError:
-        raise Problem("file_missing") from None
+    file = await run_in_threadpool(service_of(request).storage.open, document.document_id)
 
     async def chunks() -> AsyncIterator[bytes]:
         with file:
@@ -933,7 +915,7 @@ async def login(request: Request) -> Tokens:
             session = await service.db.record_login(user if right else None, name_hash, throttle_key)
     except Throttled as throttled:
         log_event("login_throttled", logging.WARNING, user=name, client=client)
-        raise Problem("too_many_attempts", headers={"Retry-After": str(math.ceil(throttled.args[0]))}) from None
+        raise Problem("too_many_attempts", headers={"Retry-After": str(int(throttled.args[0]) + 1)}) from None
     finally:
         service.logins_under_way.remove(throttle_key)
     if session is None:
@@ -1011,7 +993,6 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
         title="Document Lifecycle API", version="1.0.0", description=DESCRIPTION,
         lifespan=lambda _: running_service(settings or Settings.from_environment(os.environ), storage, pipeline),
         redirect_slashes=False, redoc_url=None,
-        telemetry={"tracing": False, "metrics": False, "logs": False},  # FastAPI's OpenTelemetry: nothing collects it
         exception_handlers={HTTPException: problem_of, RequestValidationError: problem_of},
         middleware=[Middleware(RequestMiddleware)], routes=router.routes)  # `include_router` matches each path twice
 
@@ -1066,13 +1047,13 @@ async def follow_uvicorn(service: Service) -> None:
     server.config.timeout_graceful_shutdown = service.settings.shutdown_seconds  # type: ignore[assignment]
     while not server.started:
         await asyncio.sleep(0.05)
-    idle = math.ceil(1000 * service.settings.upload_idle_seconds)
+    idle_milliseconds = int(1000 * service.settings.upload_idle_seconds) or 1  # 0 would be the system's default
     for listening in [sock for each in server.servers for sock in each.sockets]:
         with contextlib.suppress(OSError, AttributeError):  # a Unix socket; macOS has no TCP_USER_TIMEOUT
             # asyncio does not set it when uvicorn runs several workers: an answer may wait 40 ms then.
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # Ends a connection whose client takes nothing for so many milliseconds (tcp(7)).
-            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, idle)
+            # Ends a connection whose client takes nothing (tcp(7)).
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, idle_milliseconds)
     while not server.should_exit:
         await asyncio.sleep(0.1)
     service.workers.stop()
@@ -1099,10 +1080,16 @@ def main(storage: Storage | None = None) -> int:
                 raise ValueError("a name has 1 to 128 characters, a password 8 to 1,024")
         elif not (settings.data_dir / "documents.db").exists():
             raise ValueError(f"there is no database in {settings.data_dir}")
-        db, storage = open_stores(settings, storage)
+        db, _ = open_stores(settings, storage)
         with contextlib.closing(db):
             if chosen.command == "check":
-                return check_files(db, storage, settings.data_dir)
+                strays, lost = db.compare_files()
+                for key in strays:
+                    print(f"no document has the file {key}")
+                for document_id in lost:
+                    print(f"the document {document_id} has no file")
+                print(f"{len(strays) + len(lost)} files and documents lack each other in {settings.data_dir}")
+                return 1 if strays or lost else 0
             if chosen.command == "add-user":
                 db.set_user(chosen.name, auth.hash_password(password)).result()
             elif not db.remove_user(chosen.name).result():
@@ -1112,19 +1099,6 @@ def main(storage: Storage | None = None) -> int:
     except (ValueError, OSError, sqlite3.Error, EOFError, KeyboardInterrupt) as error:
         print(f"{chosen.command}: {str(error) or 'stopped'}", file=sys.stderr)
         return 1
-
-
-def check_files(db: Database, storage: Storage, folder: Path) -> int:
-    """Prints which files and documents lack each other; 1 when there is one. What comes or goes meanwhile does not."""
-    before = db.document_ids() | set(db.deleted_files())
-    keys = set(storage.keys())
-    time.sleep(1)  # in which the rows of files that were just published are written
-    after = db.document_ids()
-    strays = keys - before - after - set(db.deleted_files())
-    found = [f"no document has the file {key}" for key in sorted(strays)]
-    found += [f"the document {document_id} has no file" for document_id in sorted(before & after - keys)]
-    print(*found, f"{len(found)} files and documents lack each other in {folder}", sep="\n")
-    return 1 if found else 0
 
 
 app = create_app()

@@ -338,7 +338,7 @@ def test_no_file_is_removed_because_the_database_does_not_know_it(tmp_path: Path
         until(lambda: id_in(deleted) not in stored_files(settings))
         assert stored_files(settings) == sorted(["a-stray", id_in(kept), id_in(lost)])
         (folder / id_in(lost)).unlink()
-        assert code_of(client.get(f"{lost}/file")) == (404, "file_missing")
+        assert code_of(client.get(f"{lost}/file")) == (503, "unavailable")
         status = processed(client, lost)
         assert (status["attempts"], status["error"]) == (
             1, {"code": "pipeline_error", "message": "Processing failed: FileNotFoundError.", "retryable": True})
