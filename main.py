@@ -351,8 +351,7 @@ class Exchange:
     An answer that comes before the body was read would be lost if the connection was closed while the client still
     sends (RFC 9112, 9.6). So what is left of the body is read and thrown away, within bounds. When little is left, that
     happens before the answer, and the connection stays open. Else the answer says `Connection: close`: its bytes are
-    sent at once, the empty message that ends it (and so the connection) after the rest was read.
-    """
+    sent at once, the empty message that ends it (and so the connection) after the rest was read."""
 
     def __init__(self, request: Request, receive: Receive, send: Send) -> None:
         self._receive, self._send, headers = receive, send, request.headers
@@ -629,8 +628,7 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
     return {
         "document_type": "PDF" if document.media_type == PDF else "Word",
         "summary": f"A simulated summary of {document.filename}.",
-        "source": {"size": document.size, "sha256": document.sha256},
-    }
+        "source": {"size": document.size, "sha256": document.sha256}}
 
 
 class Workers:
@@ -980,8 +978,7 @@ DESCRIPTION = """Takes PDF and DOCX files, stores them, processes them in the ba
 1. **Authorize** with user `admin` and the password in `data/initial-password`.
 2. **Upload a PDF or DOCX** and copy its `document_id`.
 3. **Start processing a document** with that id.
-4. **See how processing goes**, with `wait` = 10.
-5. **Get the result of processing.**"""
+4. **See how processing goes**, with `wait` = 10, and **get the result**."""
 
 
 def create_app(settings: Settings | None = None, *, storage: Storage | None = None,
@@ -1000,15 +997,13 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
 @contextlib.asynccontextmanager
 async def running_service(
         settings: Settings, storage: Storage | None, pipeline: Pipeline | None) -> AsyncIterator[dict[str, Any]]:
-    """The service, from its start to its end. What it yields is in the state of each request: see `service_of`.
+    """The service, from its start to its end. What it yields is in the state of each request. After SIGTERM:
 
-    After SIGTERM:
     1. `follow_uvicorn` stops the workers within 0.1 s: no more runs begin, long polls are answered, the grace begins.
     2. uvicorn waits for open requests, and cancels them at the end of the grace: they are answered with 503.
     3. This function goes on after its `yield`. Runs have what is left of the grace, then writes have a second.
     4. uvicorn raises the signal again, which ends the process, whatever its threads do. The kernel ignores it for
-       process 1 of a container: there, as after Ctrl-C, Python waits for calls of pipeline, storage and database.
-    """
+       process 1 of a container: there, as after Ctrl-C, Python waits for calls of pipeline, storage and database."""
     log.setLevel(settings.log_level)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # macOS allows less than its hard limit says
@@ -1084,12 +1079,10 @@ def main(storage: Storage | None = None) -> int:
         with contextlib.closing(db):
             if chosen.command == "check":
                 strays, lost = db.compare_files()
-                for key in strays:
-                    print(f"no document has the file {key}")
-                for document_id in lost:
-                    print(f"the document {document_id} has no file")
-                print(f"{len(strays) + len(lost)} files and documents lack each other in {settings.data_dir}")
-                return 1 if strays or lost else 0
+                found = [f"no document has the file {key}" for key in strays]
+                found += [f"the document {document_id} has no file" for document_id in lost]
+                print(*found, f"{len(found)} files and documents lack each other in {settings.data_dir}", sep="\n")
+                return 1 if found else 0
             if chosen.command == "add-user":
                 db.set_user(chosen.name, auth.hash_password(password)).result()
             elif not db.remove_user(chosen.name).result():

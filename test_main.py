@@ -1921,7 +1921,7 @@ def test_a_crash_at_any_step_loses_nothing_that_was_answered(steps: Steps, tmp_p
         assert client.delete(path).status_code == 204
         known = "deleted"
         until(lambda: any(folder.name.endswith("delete done") for folder in crashes))
-    same = ("create done", "publish", "sync", "open done")  # as after the step before
+    same = ("create done", "publish", "sync", "sync done", "open done")  # as after the step before
     assert {*same, "BEGIN", "COMMIT", "delete done"} <= {folder.name.partition(" ")[2] for folder in crashes}
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda folder: restart_after_crash(folder, crashes[folder], content, key),
