@@ -754,7 +754,7 @@ async def upload(request: Request) -> Response:
     if document.sha256 != incoming.sha256.hexdigest():  # that of an earlier document under this key
         raise validation_error(
             "It was used for another file.", "header", "Idempotency-Key", code="idempotency_key_reused")
-    headers = {"Location": request.url.path.removesuffix("upload") + document.document_id}
+    headers = {"Location": request.scope["path"].removesuffix("upload") + document.document_id}
     if document.document_id == incoming.key:
         log_event("uploaded", document_id=incoming.key, size=incoming.size, media_type=incoming.media_type)
     else:
@@ -786,7 +786,7 @@ async def process(document_id: uuid.UUID, request: Request, response: Response, 
     if document.status == Status.COMPLETED:
         response.status_code = 200
     else:
-        response.headers.update({**SOON, "Location": request.url.path.removesuffix("process") + "status"})
+        response.headers.update({**SOON, "Location": request.scope["path"].removesuffix("process") + "status"})
     return document
 
 
@@ -828,7 +828,7 @@ async def list_documents(
     if len(documents) > limit:
         last = documents[limit - 1]
         query = f"limit={limit}&cursor={last.created_at}_{last.document_id}" + (f"&status={status}" if status else "")
-        response.headers["Link"] = f'<{request.url.path}?{query}>; rel="next"'
+        response.headers["Link"] = f'<{request.scope["path"]}?{query}>; rel="next"'
     return documents[:limit]
 
 

@@ -472,8 +472,8 @@ def test_every_answer_says_who_may_keep_or_frame_it_and_head_says_the_same(tmp_p
 
 
 def test_paths_are_right_behind_a_prefix(server: Process) -> None:
-    client, locations = server[1], [uploaded(server[1]), uploaded(server[1])]
-    assert re.fullmatch("/api/documents/[0-9a-f-]{36}", locations[0])
+    client, locations = server[1], [upload(server[1], Host=host).headers["Location"] for host in ("x", "evil/x?")]
+    assert all(re.fullmatch("/api/documents/[0-9a-f-]{36}", location) for location in locations)
     path = locations[0].removeprefix("/api")  # as the proxy does
     assert client.post(f"{path}/process").headers["Location"] == f"{locations[0]}/status"
     link = client.get("/documents?limit=1").headers["Link"].partition(">")[0]
