@@ -84,7 +84,7 @@ RUNNING = "status = 'PROCESSING' AND run_id IS NOT NULL"
 
 
 class InDoubt(sqlite3.Error):
-    """The commit failed half-way: nobody can tell whether the write is there."""
+    """Nobody can tell whether the write is there: the commit failed half-way, or did not end in time."""
 
 
 class Throttled(Exception):
@@ -163,10 +163,13 @@ class Write(Future[T]):
         return self._committed().__await__()
 
     async def _committed(self) -> T:
-        """What the operation returned, once it is on disk. After a TimeoutError the write stays in the queue
-        (`asyncio.wrap_future` would cancel it)."""
-        async with asyncio.timeout(WRITE_SECONDS):
-            await self.ended.wait()
+        """What the operation returned, once it is on disk. Raises InDoubt when that takes longer than WRITE_SECONDS:
+        the write stays in the queue then (`asyncio.wrap_future` would cancel it)."""
+        try:
+            async with asyncio.timeout(WRITE_SECONDS):
+                await self.ended.wait()
+        except TimeoutError:
+            raise InDoubt("the write took too long") from None
         return self.result()
 
 
@@ -237,10 +240,11 @@ class Database:
 
     def _commit_forever(self) -> None:
         """One batch after the other: a write, and those that wait with it. Clients that were answered together often
-        send their next requests together, so it waits up to 20 ms for as many as last time, less one of the service."""
+        write together again: so it waits up to 20 ms for as many as last time, less one, as the service writes too."""
         batch: list[Write[Any]] = []
         while True:
-            expected, batch = len(batch) - 1, [self._queue.get()]
+            expected = len(batch) - 1
+            batch = [self._queue.get()]
             end = time.monotonic() + 0.02
             while len(batch) + self._queue.qsize() < expected and time.monotonic() < end:
                 time.sleep(0.001)
@@ -257,8 +261,8 @@ class Database:
             each.ended.set()
 
     def _commit_batch(self, batch: list[Write[Any]]) -> None:
-        """Files first, then rows, in one transaction. When its COMMIT fails, the writes are in doubt, except that a
-        full disk stores none."""
+        """Files first, then rows, in one transaction. When its COMMIT fails, nobody can tell whether the rows are
+        there, except that a full disk stores none."""
         outcomes: dict[Write[Any], Any] = {}  # of the writes that did not break
         committing = False
         try:
@@ -368,7 +372,8 @@ class Database:
     @write
     def rotate(self, session_id: str, user_id: str, used_jti: str) -> Session | None:
         """Uses a refresh token. The session with that token's successor; None for a token that is not good any more.
-        The current token becomes the previous one. The previous one stays good for REFRESH_GRACE, older ones do not."""
+        The UPDATE makes the current token the previous one. The SELECT finds a token that is the previous one since
+        less than REFRESH_GRACE: since this UPDATE, or since an earlier one, whose successor it gets again."""
         now = time.time()
         self._writer.execute(
             "UPDATE sessions SET previous_jti = refresh_jti, refresh_jti = ?, rotated_at = ?"
@@ -513,8 +518,9 @@ class Database:
 
     @write
     def renew_and_take_over(self, run_ids: Sequence[str], lease: float, max_attempts: int) -> list[Document]:
-        """Records a sign of life for these runs. Ends all runs whose last one is more than a lease ago, or ahead (then
-        the clock was set back); returns their documents, which wait again, or are FAILED after the last attempt."""
+        """Records a sign of life for these runs. Then ends all runs whose last sign is more than a lease ago, or more
+        than a lease in the future (the clock was set back). Returns their documents, which wait again, or are FAILED
+        after the last attempt."""
         lost = f"{RUNNING} AND beat_at NOT BETWEEN :now - :lease AND :now + :lease"
         values = {"now": time.time(), "stamp": utc_now(), "lease": lease, "max_attempts": max_attempts,
                   "run_ids": json.dumps(run_ids), "message": INTERRUPTED["message"], "error": json.dumps(INTERRUPTED)}

@@ -349,9 +349,9 @@ class Exchange:
     """One request and its answer: `receive` and `send` for the app.
 
     An answer that comes before the body was read would be lost if the connection was closed while the client still
-    sends (RFC 9112, 9.6). So what is left of the body is read and thrown away, within bounds. When little is left, that
-    happens before the answer, and the connection stays open. Else the answer says `Connection: close`: its bytes are
-    sent at once, the empty message that ends it (and so the connection) after the rest was read."""
+    sends (RFC 9112, 9.6). So the rest of the body is read and thrown away. A small rest is read first, and then the
+    answer is sent, on a connection that stays open. With a large rest, the answer is sent with `Connection: close`, and
+    the message that ends it, which closes the connection, is held back while the rest is read, within bounds."""
 
     def __init__(self, request: Request, receive: Receive, send: Send) -> None:
         self._receive, self._send, headers = receive, send, request.headers
@@ -426,7 +426,7 @@ class Service:
         """Removes files of deleted documents. A failure ends the round; the next round begins with other files."""
         for document_id in self.db.deleted_files():
             await run_in_threadpool(self.storage.delete, document_id)
-            await self.db.forget_file(document_id)  # a commit comes after a sync of the storage
+            await self.db.forget_file(document_id)  # whose commit comes after a sync, so after a durable deletion
 
 
 def open_stores(settings: Settings, storage: Storage | None = None) -> tuple[Database, Storage]:
@@ -632,9 +632,9 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
 
 
 class Workers:
-    """Runs the documents of the queue, which is in the database: whatever process took the request. A run is one claim
-    and one call of the pipeline, in a thread. Whatever goes wrong with file or pipeline makes the document FAILED. When
-    the database fails at the claim or at the end, the run ends like the death of its process."""
+    """Runs queued documents. The queue is in the database, so any process may run what another was asked to. A run is
+    one claim and one call of the pipeline, in a thread. Whatever goes wrong with file or pipeline makes the document
+    FAILED. When the database fails at the claim or at the end, the run ends like the death of its process."""
 
     def __init__(self, service: Service, pipeline: Pipeline) -> None:
         self._db, self._storage, self._settings = service.db, service.storage, service.settings
@@ -744,16 +744,15 @@ async def upload(request: Request) -> Response:
         document = await service.db.add_document(Document(
             incoming.key, user.user_id, incoming.filename, incoming.media_type, incoming.size,
             incoming.sha256.hexdigest(), Status.UPLOADED, now, now, idempotency_key=idempotency_key))
-    except (InDoubt, TimeoutError):  # the row may be committed: only a file that certainly has no row is removed
+    except InDoubt:  # the row may be committed
         raise
-    except Exception:  # not CancelledError (the end of the grace): a publisher may be at work on the file then
+    except Exception:  # certainly without a row (a CancelledError passes by: a publisher may be at work on the file)
         await run_in_threadpool(incoming.discard)
         raise
     finally:
         service.open_uploads -= 1
     if document.sha256 != incoming.sha256.hexdigest():  # that of an earlier document under this key
-        raise validation_error(
-            "It was used for another file.", "header", "Idempotency-Key", code="idempotency_key_reused")
+        raise validation_error("It was for another file.", "header", "Idempotency-Key", code="idempotency_key_reused")
     headers = {"Location": request.scope["path"].removesuffix("upload") + document.document_id}
     if document.document_id == incoming.key:
         log_event("uploaded", document_id=incoming.key, size=incoming.size, media_type=incoming.media_type)
@@ -1030,6 +1029,7 @@ async def repeat(action: Callable[[], Awaitable[None]], seconds: float) -> None:
             await action()
         except Exception as failure:  # the next round may get over it
             log_event("background_error", logging.ERROR, failure=failure)
+            await asyncio.sleep(1)
         await asyncio.sleep(seconds)
 
 
