@@ -356,8 +356,7 @@ class Database:
                 "DELETE FROM login_failures WHERE failed_at < ? OR failed_at > ?", (now - FAILURE_WINDOW, now))
             self._writer.execute("INSERT INTO login_failures VALUES (?, ?, ?)", (name_hash, throttle_key, now))
             return None
-        new = Session(
-            str(uuid.uuid4()), user.user_id, user.username, now + SESSION_SECONDS, str(uuid.uuid4()), now)
+        new = Session(str(uuid.uuid4()), user.user_id, user.username, now + SESSION_SECONDS, str(uuid.uuid4()), now)
         opened = self._writer.execute(
             "INSERT INTO sessions (session_id, user_id, refresh_jti, rotated_at, expires_at)"
             " SELECT ?, user_id, ?, ?, ? FROM users WHERE user_id = ? AND password_hash = ?",

@@ -647,11 +647,9 @@ class Workers:
         """Runs waiting documents, one after the other, until none waits. `process_workers` tasks repeat this."""
         while self._db.is_waiting() and not self.stopping:
             run_id = uuid.uuid4().hex
-            request_id_of_context.set("")
             self._run_ids.add(run_id)
             try:
                 if document := await self._db.claim(run_id):
-                    request_id_of_context.set(document.request_id or "")  # also for what the pipeline logs
                     await asyncio.get_running_loop().run_in_executor(
                         self._pool, copy_context().run, self._run, run_id, document)
             except RunEnded:
@@ -678,6 +676,7 @@ class Workers:
             await asyncio.sleep(0.02)
 
     def _run(self, run_id: str, document: Document) -> None:
+        request_id_of_context.set(document.request_id or "")  # also for what the pipeline logs
         log_run("process_started", document)
         start = time.monotonic()
 

@@ -188,15 +188,11 @@ MAX_CONTENT_TYPES, MAX_MAIN_PART = 2**18, 512 * 2**20  # bytes, unpacked
 
 
 class BoundedReads:
-    """A file for `zipfile`, which would otherwise read a directory of whatever size and place the file claims. (It
-    refuses a directory that is cut.)"""
+    """A file for `zipfile`, which would otherwise read a directory of whatever size the file claims. (It refuses a
+    directory that is cut.)"""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self.tell, self.seekable = file, file.tell, file.seekable
-        self._end = file.seek(0, os.SEEK_END)
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self._file.seek(max(0, min(offset, self._end)) if whence == os.SEEK_SET else offset, whence)
+        self._file, self.seek, self.tell, self.seekable = file, file.seek, file.tell, file.seekable
 
     def read(self, size: int = -1) -> bytes:
         return self._file.read(min(size, MAX_DIRECTORY))
@@ -229,6 +225,8 @@ def unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, most: int) -> Ite
     zipfile gives at most as many as `file_size` says, and has no bound for other compressions than these two."""
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or entry.file_size > most:
         raise BadDocument("A part of the DOCX has another compression, or unpacks to more, than a DOCX needs.")
+    if not 0 <= entry.header_offset < archive.start_dir:  # the file system may refuse to seek there
+        raise BadDocument("The ZIP archive has an entry outside of the file.")
     entry.orig_filename = AnyName()
     entry.flag_bits &= ~0x800  # the local name need not be UTF-8; newer versions of zipfile decode it by these flags
     with archive.open(entry) as content:

@@ -48,7 +48,7 @@ import uvicorn
 import auth
 import main
 import storage
-from db import SESSION_SECONDS, Database, Document, write
+from db import SESSION_SECONDS, Database, Document, InDoubt, write
 from main import Settings, create_app
 from storage import DOCX, BadDocument, LocalStorage, Storage, check_is_docx, check_is_whole, fsync_folder
 
@@ -80,8 +80,7 @@ def zipped(entries: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> 
 
 
 def docx(main_part: str = MAIN_PART, compression: int = zipfile.ZIP_DEFLATED,
-         entries: dict[str, bytes] | None = None) -> bytes:
-    """A small DOCX. More entries, or other ones, by name."""
+         entries: dict[str, bytes] | None = None) -> bytes:  # more of them, or other ones, by name
     types = CONTENT_TYPES.replace(MAIN_PART, main_part).encode()
     return zipped({"[Content_Types].xml": types, "word/document.xml": b"<document/>", **(entries or {})}, compression)
 
@@ -350,9 +349,10 @@ def test_no_file_is_removed_because_the_database_does_not_know_it(tmp_path: Path
         sql(settings.data_dir, "INSERT INTO deleted_files VALUES ('new')")
 
     def slow_keys(_: LocalStorage) -> Iterator[str]:
-        yield from (id_in(kept), "new")
+        yield from (id_in(kept), "old", "new")
         for table in ("documents", "deleted_files"):  # as if a server had deleted the documents and files meanwhile
             sql(settings.data_dir, f"DELETE FROM {table}")
+    sql(settings.data_dir, "INSERT INTO deleted_files VALUES ('old')")
     monkeypatch.setattr(LocalStorage, "keys", slow_keys)
     monkeypatch.setattr(time, "sleep", delete_new)
     assert command(settings, "check")[0] == 0
@@ -914,8 +914,7 @@ HOSTILE: dict[str, tuple[bytes, Expected]] = {
             '{"username": "x", "password": "x"}'.encode("utf-16"), b"[" * 50_000, b'{"password": ' + b"[" * 50_000,
             '["x", "x"]', '{"username": ["x"], "password": {"x": "x"}}', '{"password": ' + "9" * 5000 + "}",
             '{"username": "x", "password": 1e999999999}', "null", "", '{"username": "x')},
-        **{f"form: {body[:30]}": form(body) for body in (
-            "username=x&password=", "username=x&password=" + "x" * 1025)},
+        **{f"form: {body[:30]}": form(body) for body in ("username=x&password=", "username=x&password=" + "x" * 1025)},
         **{f"query: {query[:30]}": wire(f"GET /documents?{query}") for query in (
             "limit=0", "limit=201", "limit=x", "limit=1e1", "limit=-1", "limit=9223372036854775808",
             "limit=" + "9" * 5000, "limit=%EF%BC%91", "limit=1%00", "status=DONE", "status=uploaded'--", "cursor=x",
@@ -941,6 +940,7 @@ HOSTILE: dict[str, tuple[bytes, Expected]] = {
             "1000:1 content types": bomb("[Content_Types].xml", 3),
             "10,001 entries": docx(entries={str(i): b"" for i in range(9999)}, compression=zipfile.ZIP_STORED),
             "lying size": with_fields("[Content_Types].xml", file_size=10),
+            "entries before the file": docx()[:-6] + b"\xff\xff\0\0" + docx()[-2:],
             "lying offset": with_fields("[Content_Types].xml", header_offset=2**31),
             "two content types": docx(entries={"[Content_Types].xmm": b"<x/>"}).replace(b".xmm", b".xml"),
             "two, in other letters": docx(entries={"[CONTENT_TYPES].XML": b"<x/>"}),
@@ -1024,6 +1024,7 @@ def test_a_client_that_waits_for_100_continue_is_answered_at_once(client: httpx.
     head = sent(b"", Expect="100-continue", Content_Length=str(len(good)))
     with connected(client) as refused, connected(client) as taken, connected(client) as bad:
         refused.sendall(head)
+        assert refused.recv(12, socket.MSG_WAITALL | socket.MSG_PEEK) == b"HTTP/1.1 401"
         assert (answer := answer_on(refused))[0] == 401 and answer[1]["Connection"] == "close"  # no request may follow
         for connection, body, expected in ((taken, good, (201, None)), (bad, part(bytes(2000)), (415, "close"))):
             connection.sendall(with_token(client, head))
@@ -1247,9 +1248,7 @@ def test_a_download_that_nobody_reads_is_cut_off(server: Process) -> None:
         until(lambda: not any(path[-36:] in os.path.realpath(each) for each in descriptors.iterdir()))
 
 
-class Gate:
-    """A pipeline that waits in the middle until it is told to go on."""
-
+class Gate:  # a pipeline that waits in the middle until it is told to go on
     def __init__(self) -> None:
         self.runs: list[str] = []
         self.begun, self.go = threading.Semaphore(0), threading.Event()
@@ -1373,16 +1372,16 @@ def test_each_owner_has_a_queue_and_owners_take_turns(tmp_path: Path) -> None:
 
 def test_a_long_poll_costs_no_thread_and_ends_with_the_run(tmp_path: Path) -> None:
     gate = Gate()
-    with running(settings_in(tmp_path), pipeline=gate) as client, ThreadPoolExecutor(60) as pool:
+    with running(settings_in(tmp_path, lease_seconds=0.5), pipeline=gate) as client, ThreadPoolExecutor(60) as pool:
         path = uploaded(client)
         assert client.get(f"{path}/status?wait=30").json()["status"] == "UPLOADED"  # nothing to wait for
         client.post(f"{path}/process")
         assert client.get(f"{path}/status?wait=0.05").json()["status"] == "PROCESSING"
         gate.begun.acquire()
         waiting = [pool.submit(client.get, f"{path}/status?wait=30") for _ in range(60)]  # anyio has 40 threads
-        assert client.get("/healthz").status_code == 200
+        time.sleep(1.2)  # longer than the lease
         gate.go.set()
-        assert {future.result().json()["status"] for future in waiting} == {"COMPLETED"}
+        assert {(future.result().json()["status"], len(gate.runs)) for future in waiting} == {("COMPLETED", 1)}
         assert {client.get(f"{path}/status?wait={wait}").status_code for wait in ("-1", "31", "nan", "x")} == {422}
 
 
@@ -1765,6 +1764,14 @@ def test_a_write_that_breaks_changes_nothing(tmp_path: Path) -> None:
         assert "syntax error" in str(broken.exception())
         assert good.result() is None and (bob := db.user("bob")) and db.deleted_files() == ["a"]
         assert db.record_login(bob._replace(password_hash="of the old password"), "", "").result() is None
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        db.check_writable()
+        doubtful = write(lambda db: [db._writer.execute(sql) for sql in (  # its COMMIT fails
+            "PRAGMA defer_foreign_keys = ON", "INSERT INTO results VALUES ('of no document', '')")])(db)
+        broken = write(lambda db: db._writer.execute("no SQL"))(db)
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert (type(doubtful.exception()), type(broken.exception())) == (InDoubt, sqlite3.OperationalError)
+        assert db.remove_user("bob").result()
 
 
 def test_a_page_of_the_list_is_an_index_seek(steps: Steps) -> None:
