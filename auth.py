@@ -20,8 +20,7 @@ ACCESS = "at+jwt"  # RFC 9068
 REFRESH = "rt+jwt"
 ISSUER = "document-lifecycle-api"
 
-# The one of OWASP's scrypt settings that takes 16 MiB. Each hash contains its settings, so later ones may have others.
-SCRYPT_N, SCRYPT_R, SCRYPT_P = 2**14, 8, 5
+SCRYPT = "scrypt$16384$8$5"  # n, r and p: the one of OWASP's settings that takes 16 MiB. Later ones may differ.
 
 COMPACT_JWS = re.compile(r"[\w-]{1,512}\.[\w-]{1,4096}\.[\w-]{1,512}", re.ASCII)
 
@@ -87,24 +86,22 @@ class TokenSigner:
 
 def hash_password(password: str) -> str:
     """`scrypt$n$r$p$salt$key`, salt and key in base64. Takes about 0.15 s and 16 MiB: not for a busy event loop."""
-    salt = secrets.token_bytes(16)
-    key = scrypt(password, salt, SCRYPT_N, SCRYPT_R, SCRYPT_P)
-    encoded = "$".join(base64.b64encode(part).decode() for part in (salt, key))
-    return f"scrypt${SCRYPT_N}${SCRYPT_R}${SCRYPT_P}${encoded}"
+    return crypt(password, f"{SCRYPT}${base64.b64encode(secrets.token_bytes(16)).decode()}")
 
 
 def verify_password(password: str, password_hash: str | None) -> bool:
     """Whether the password has this hash. None, for an unknown user, costs the same and is False."""
-    unknown_user = f"scrypt${SCRYPT_N}${SCRYPT_R}${SCRYPT_P}${'A' * 22}==${'A' * 43}="
-    _, n, r, p, salt, key = (password_hash or unknown_user).split("$")
-    found = scrypt(password, base64.b64decode(salt), int(n), int(r), int(p))
-    return hmac.compare_digest(found, base64.b64decode(key)) and password_hash is not None
+    expected = password_hash or f"{SCRYPT}${'A' * 22}=="  # without a key, it is no password's hash
+    return hmac.compare_digest(crypt(password, expected), expected)
 
 
-def scrypt(password: str, salt: bytes, n: int, r: int, p: int) -> bytes:
+def crypt(password: str, settings: str) -> str:
+    """The password's hash with these settings and this salt, which are the start of a hash (as with crypt(3))."""
+    _, n, r, p, salt, *_ = settings.split("$")
     # NFKC (NIST SP 800-63B): the same password typed on another keyboard has the same bytes.
     secret = unicodedata.normalize("NFKC", password).encode(errors="surrogatepass")
-    return hashlib.scrypt(secret, salt=salt, n=n, r=r, p=p, dklen=32, maxmem=256 * n * r)
+    key = hashlib.scrypt(secret, salt=base64.b64decode(salt), n=int(n), r=int(r), p=int(p), maxmem=2**30, dklen=32)
+    return f"scrypt${n}${r}${p}${salt}${base64.b64encode(key).decode()}"
 
 
 def throttle_key(host: str) -> str:

@@ -28,15 +28,13 @@ T = TypeVar("T")
 MIGRATIONS = ("""
 CREATE TABLE users (user_id TEXT PRIMARY KEY, username TEXT NOT NULL UNIQUE, password_hash TEXT NOT NULL) STRICT;
 CREATE TABLE sessions (  -- see also the ALTER TABLEs
-    session_id TEXT PRIMARY KEY,
-    user_id TEXT NOT NULL REFERENCES users ON DELETE CASCADE,
+    session_id TEXT PRIMARY KEY, user_id TEXT NOT NULL REFERENCES users ON DELETE CASCADE,
     refresh_jti TEXT NOT NULL,  -- the current refresh token
     expires_at REAL NOT NULL
 ) STRICT;
 CREATE INDEX sessions_of_user ON sessions (user_id);
 CREATE TABLE documents (
-    document_id TEXT PRIMARY KEY,
-    owner_id TEXT NOT NULL REFERENCES users ON DELETE CASCADE,
+    document_id TEXT PRIMARY KEY, owner_id TEXT NOT NULL REFERENCES users ON DELETE CASCADE,
     filename TEXT NOT NULL, media_type TEXT NOT NULL, size INTEGER NOT NULL, sha256 TEXT NOT NULL, idempotency_key TEXT,
     status TEXT NOT NULL DEFAULT 'UPLOADED' CHECK (status IN ('UPLOADED', 'PROCESSING', 'COMPLETED', 'FAILED')),
     created_at TEXT NOT NULL, updated_at TEXT NOT NULL,
@@ -44,17 +42,13 @@ CREATE TABLE documents (
     run_id TEXT,     -- a run is one claim by a worker; NULL unless a worker has the document
     beat_at REAL,    -- last sign of life of the run
     attempts INTEGER NOT NULL DEFAULT 0, progress INTEGER NOT NULL DEFAULT 0,
-    message TEXT NOT NULL DEFAULT '',
-    started_at TEXT, finished_at TEXT,
+    message TEXT NOT NULL DEFAULT '', started_at TEXT, finished_at TEXT,
     error TEXT       -- JSON: code, message, retryable
 ) STRICT;
 CREATE UNIQUE INDEX documents_by_key ON documents (owner_id, idempotency_key) WHERE idempotency_key IS NOT NULL;
 CREATE INDEX documents_newest ON documents (owner_id, created_at, document_id);
 CREATE INDEX documents_by_status ON documents (owner_id, status, created_at, document_id);
-CREATE TABLE results (
-    document_id TEXT PRIMARY KEY REFERENCES documents ON DELETE CASCADE,
-    result TEXT NOT NULL
-) STRICT;
+CREATE TABLE results (document_id TEXT PRIMARY KEY REFERENCES documents ON DELETE CASCADE, result TEXT NOT NULL) STRICT;
 """, """
 ALTER TABLE sessions ADD COLUMN previous_jti TEXT;  -- the refresh token before it, which may be used again for a moment
 ALTER TABLE sessions ADD COLUMN rotated_at REAL NOT NULL DEFAULT 0;  -- when the current refresh token was issued
@@ -160,16 +154,13 @@ class Write(Future[T]):
         self.ended = asyncio.Event()
 
     def __await__(self) -> Generator[Any, None, T]:
-        return self._committed().__await__()
-
-    async def _committed(self) -> T:
         """What the operation returned, once it is on disk. Raises InDoubt when that takes longer than WRITE_SECONDS:
         the write stays in the queue then (`asyncio.wrap_future` would cancel it)."""
-        try:
-            async with asyncio.timeout(WRITE_SECONDS):
-                await self.ended.wait()
-        except TimeoutError:
-            raise InDoubt("the write took too long") from None
+        timer = asyncio.get_running_loop().call_later(WRITE_SECONDS, self.ended.set)
+        yield from self.ended.wait().__await__()
+        timer.cancel()
+        if not self.done():
+            raise InDoubt("the write took too long")
         return self.result()
 
 
@@ -323,12 +314,11 @@ class Database:
     @write
     def set_user(self, username: str, password_hash: str) -> None:
         """Adds the user, or sets a new password and ends that user's sessions."""
-        self._writer.execute(
+        (user_id,) = self._writer.execute(
             "INSERT INTO users VALUES (?, ?, ?, 0)"
-            " ON CONFLICT (username) DO UPDATE SET password_hash = excluded.password_hash",
-            (str(uuid.uuid4()), username, password_hash))
-        self._writer.execute(
-            "DELETE FROM sessions WHERE user_id = (SELECT user_id FROM users WHERE username = ?)", (username,))
+            " ON CONFLICT (username) DO UPDATE SET password_hash = excluded.password_hash RETURNING user_id",
+            (str(uuid.uuid4()), username, password_hash)).fetchone()
+        self._writer.execute("DELETE FROM sessions WHERE user_id = ?", (user_id,))
 
     @write
     def remove_user(self, username: str) -> bool:
@@ -363,16 +353,14 @@ class Database:
             (new.session_id, new.refresh_jti, now, new.expires_at, user.user_id, user.password_hash)).rowcount
         self._writer.execute("DELETE FROM login_failures WHERE name_hash = ? AND client = ?", (name_hash, throttle_key))
         self._writer.execute(
-            "DELETE FROM sessions WHERE expires_at < ? OR (user_id = ? AND rowid NOT IN"
-            " (SELECT rowid FROM sessions WHERE user_id = ? ORDER BY rowid DESC LIMIT ?))",
-            (now, user.user_id, user.user_id, MAX_SESSIONS))
+            "DELETE FROM sessions WHERE rowid IN (SELECT rowid FROM sessions WHERE user_id = ?"
+            " ORDER BY rowid DESC LIMIT -1 OFFSET ?)", (user.user_id, MAX_SESSIONS))
         return new if opened else None
 
     @write
     def rotate(self, session_id: str, user_id: str, used_jti: str) -> Session | None:
-        """Uses a refresh token. The session with that token's successor; None for a token that is not good any more.
-        The UPDATE makes the current token the previous one. The SELECT finds a token that is the previous one since
-        less than REFRESH_GRACE: since this UPDATE, or since an earlier one, whose successor it gets again."""
+        """Exchanges a refresh token. The UPDATE makes it the previous one, if it is the current one. The SELECT finds
+        its successor, which it gets again within REFRESH_GRACE. None for a token that is not good any more."""
         now = time.time()
         self._writer.execute(
             "UPDATE sessions SET previous_jti = refresh_jti, refresh_jti = ?, rotated_at = ?"
@@ -474,9 +462,8 @@ class Database:
 
     @write
     def claim(self, run_id: str) -> Document | None:
-        """Assigns a waiting document to this new run and counts the attempt; None when nothing waits. Owners take
-        turns: it is the oldest document of the owner whose last claim is the longest ago. (A CROSS JOIN goes through
-        its tables in this order, by their indexes, and so without sorting.)"""
+        """Gives a waiting document to this new run: the oldest one of the owner whose last claim is the longest ago.
+        None when nothing waits. (A CROSS JOIN goes through its tables in this order, by their indexes: no sorting.)"""
         now = utc_now()
         claimed = first(Document, self._writer.execute(
             "UPDATE documents SET run_id = ?, beat_at = ?, attempts = attempts + 1, progress = 0, message = 'started',"
@@ -517,9 +504,8 @@ class Database:
 
     @write
     def renew_and_take_over(self, run_ids: Sequence[str], lease: float, max_attempts: int) -> list[Document]:
-        """Records a sign of life for these runs. Then ends all runs whose last sign is more than a lease ago, or more
-        than a lease in the future (the clock was set back). Returns their documents, which wait again, or are FAILED
-        after the last attempt."""
+        """Records a sign of life for these runs, then ends runs whose last sign is more than a lease ago, or ahead (the
+        clock was set back). Returns their documents, which wait again, or are FAILED after the last attempt."""
         lost = f"{RUNNING} AND beat_at NOT BETWEEN :now - :lease AND :now + :lease"
         values = {"now": time.time(), "stamp": utc_now(), "lease": lease, "max_attempts": max_attempts,
                   "run_ids": json.dumps(run_ids), "message": INTERRUPTED["message"], "error": json.dumps(INTERRUPTED)}

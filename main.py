@@ -13,8 +13,7 @@
     DELETE /documents/{id}
     GET    /healthz, /readyz
 
-This is the only module that knows HTTP, the environment and the log.
-"""
+This is the only module that knows HTTP, the environment and the log."""
 import argparse
 import asyncio
 import contextlib
@@ -39,7 +38,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar, copy_context
+from contextvars import ContextVar
 from email.errors import HeaderParseError
 from email.header import decode_header
 from functools import partial
@@ -56,6 +55,7 @@ from fastapi.security import OAuth2PasswordBearer
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Json, ValidationError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, MultipartState, parse_options_header
+from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
@@ -285,9 +285,8 @@ async def problem_of(request: Request, failure: BaseException) -> Problem:
         case HTTPException(status_code=405):
             methods = {method for route in request.app.routes if route.matches(request.scope)[0] == Match.PARTIAL
                        for method in route.methods}
-            if "GET" in methods:
-                methods.add("HEAD")
-            return Problem("method_not_allowed", headers={"Allow": ", ".join(sorted(methods))})
+            allowed = ", ".join(sorted(methods)).replace("GET", "GET, HEAD")
+            return Problem("method_not_allowed", headers={"Allow": allowed})
         case HTTPException(status_code=404):
             return Problem("not_found")
         case OSError() | sqlite3.Error():
@@ -320,6 +319,7 @@ class RequestMiddleware:
         # Nobody reads cookies, but FastAPI parses them; a hostile one takes old Pythons seconds (CVE-2024-7592).
         scope["headers"] = [header for header in scope["headers"] if header[0] != b"cookie"]
         start, request = time.perf_counter(), Request(scope)
+        request.state.client = request.client.host if request.client else "unknown"
         sent_id = re.fullmatch(r"[A-Za-z0-9._-]{1,64}", request.headers.get("x-request-id", ""))
         request_id_of_context.set(sent_id[0] if sent_id else service_of(request).random.randbytes(16).hex())
         exchange = Exchange(request, receive, send)
@@ -341,17 +341,16 @@ class RequestMiddleware:
             # An odd path may hold a secret: `http://user:password@host/`, or a `?` that was sent as %3F.
             log_event("request", method=request.method, status=exchange.status,
                       path=path if re.fullmatch("/[A-Za-z0-9_/.-]{,200}", path) else "odd",
-                      duration_ms=round(1000 * (time.perf_counter() - start), 3), client=client_address(request),
+                      duration_ms=round(1000 * (time.perf_counter() - start), 3), client=request.state.client,
                       user=scope["state"].get("username"))
 
 
 class Exchange:
     """One request and its answer: `receive` and `send` for the app.
 
-    An answer that comes before the body was read would be lost if the connection was closed while the client still
-    sends (RFC 9112, 9.6). So the rest of the body is read and thrown away. A small rest is read first, and then the
-    answer is sent, on a connection that stays open. With a large rest, the answer is sent with `Connection: close`, and
-    the message that ends it, which closes the connection, is held back while the rest is read, within bounds."""
+    An answer is lost if the connection is closed while the client still sends (RFC 9112, 9.6). So the rest of a body is
+    read and thrown away. A small rest is read before the answer, and the connection stays open. A large rest is read,
+    within bounds, after an answer with `Connection: close`, whose end is held back, as it closes the connection."""
 
     def __init__(self, request: Request, receive: Receive, send: Send) -> None:
         self._receive, self._send, headers = receive, send, request.headers
@@ -389,10 +388,6 @@ class Exchange:
                     drained += len((await self.receive()).get("body", b""))
 
 
-def client_address(request: Request) -> str:
-    return request.client.host if request.client else "unknown"
-
-
 # The service and its dependencies
 
 
@@ -412,15 +407,6 @@ class Service:
         self.password_checks = asyncio.Semaphore(2)  # scrypt takes 16 MiB and a processor
         self.logins_under_way: list[str] = []  # the throttle key of each
         self.workers = Workers(self, pipeline or partial(simulated_pipeline, seconds=settings.process_seconds))
-
-    async def add_administrator(self) -> None:
-        """Adds the administrator where there is no user at all."""
-        if self.db.has_users():
-            return
-        name, file = self.settings.admin_username, self.settings.data_dir / "initial-password"
-        password = self.settings.admin_password or secret_file(self.db, file)
-        if await self.db.add_first_user(name, auth.hash_password(password)):
-            log_event("first_user_added", user=name, password_file=None if self.settings.admin_password else str(file))
 
     async def remove_deleted_files(self) -> None:
         """Removes files of deleted documents. A failure ends the round; the next round begins with other files."""
@@ -600,8 +586,7 @@ async def receive_file(request: Request, incoming: Incoming) -> None:
         del chunk  # a thousand uploads that wait for their next chunk would hold a lot
         if incoming.size > max_size or body_size - incoming.size > SMALL_BODY:
             raise Problem("too_large")
-        share = min(HELD_BY_ONE, HELD_BY_ALL // service.open_uploads)
-        if len(incoming.held) > max(START_BYTES, share):
+        if len(incoming.held) > START_BYTES + min(HELD_BY_ONE, HELD_BY_ALL // service.open_uploads):
             await run_in_threadpool(incoming.flush)
     if form.state != MultipartState.END:
         raise FormParserError
@@ -650,8 +635,7 @@ class Workers:
             self._run_ids.add(run_id)
             try:
                 if document := await self._db.claim(run_id):
-                    await asyncio.get_running_loop().run_in_executor(
-                        self._pool, copy_context().run, self._run, run_id, document)
+                    await asyncio.get_running_loop().run_in_executor(self._pool, self._run, run_id, document)
             except RunEnded:
                 pass  # the document was deleted or taken over, or the grace of a shutdown is over
             finally:
@@ -676,7 +660,7 @@ class Workers:
             await asyncio.sleep(0.02)
 
     def _run(self, run_id: str, document: Document) -> None:
-        request_id_of_context.set(document.request_id or "")  # also for what the pipeline logs
+        request_id_of_context.set(document.request_id or "")  # for what is logged in this thread, by the pipeline too
         log_run("process_started", document)
         start = time.monotonic()
 
@@ -715,15 +699,18 @@ def log_run(event: str, document: Document, start: float | None = None, **fields
 
 # Routes
 
-router = APIRouter(responses={"default": {
+ERRORS: dict[int | str, dict[str, Any]] = {"default": {
     "description": "A problem. Its `code` says which one.",
-    "content": {"application/problem+json": {"schema": PROBLEM_SCHEMA}}}})
+    "content": {"application/problem+json": {"schema": PROBLEM_SCHEMA}}}}
+documents = APIRouter(prefix="/documents", tags=["documents"], responses=ERRORS)
+sessions = APIRouter(prefix="/auth", tags=["auth"], responses=ERRORS)
+health = APIRouter(tags=["health"], responses=ERRORS)
 IDEMPOTENCY_KEY = "[!-~]{1,128}"
 CURSOR = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z_[0-9a-f-]{36}$"  # created_at and id of the last document of a page
 LOGINS_AT_ONCE = 10  # of one throttle key
 
 
-@router.route("/documents/upload", ["POST"])  # FastAPI's route would take a sixth of a small upload's time
+@documents.route("/documents/upload", ["POST"])  # FastAPI's route would take a sixth of a small upload's time
 async def upload(request: Request) -> Response:
     """Stores one file, which after the 201 survives a crash or a power loss. With an `Idempotency-Key` a repeated
     upload answers the first document again. Errors: `malformed_body`, `upload_timeout`, `too_large`,
@@ -760,9 +747,9 @@ async def upload(request: Request) -> Response:
     return Response(DocumentOut.model_validate(document).model_dump_json(), 201, headers, "application/json")
 
 
-router.post(  # this route is only for /docs: the one above was added first and serves the path
-    "/documents/upload", tags=["documents"], summary="Upload a PDF or DOCX", status_code=201,
-    response_model=DocumentOut, dependencies=[Depends(signed_in)], openapi_extra={
+documents.post(  # this route is only for /docs: the one above was added first and serves the path
+    "/upload", summary="Upload a PDF or DOCX", status_code=201, response_model=DocumentOut,
+    dependencies=[Depends(signed_in)], openapi_extra={
         "parameters": [{"name": "Idempotency-Key", "in": "header", "required": False, "description": "one for a file",
                         "schema": {"type": "string", "pattern": f"^{IDEMPOTENCY_KEY}$"}}],
         "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {
@@ -770,9 +757,8 @@ router.post(  # this route is only for /docs: the one above was added first and 
             "properties": {"file": {"type": "string", "format": "binary", "description": "PDF or DOCX"}}}}}}})(upload)
 
 
-@router.post("/documents/{document_id:uuid}/process", tags=["processing"], summary="Start processing a document",
-             response_model=StatusOut, status_code=202,
-             responses={200: {"description": "COMPLETED: the result stands", "model": StatusOut}})
+@documents.post("/{document_id:uuid}/process", summary="Start processing a document", response_model=StatusOut,
+                status_code=202, responses={200: {"description": "COMPLETED: the result stands", "model": StatusOut}})
 async def process(document_id: uuid.UUID, request: Request, response: Response, user: CurrentUser) -> Document:
     """However many calls come, an UPLOADED or FAILED document is queued once. Errors: `not_found`, `queue_full`."""
     service, request_id = service_of(request), request_id_of_context.get()
@@ -788,8 +774,7 @@ async def process(document_id: uuid.UUID, request: Request, response: Response, 
     return document
 
 
-@router.get("/documents/{document_id:uuid}/status", tags=["processing"], summary="See how processing goes",
-            response_model=StatusOut)
+@documents.get("/{document_id:uuid}/status", summary="See how processing goes", response_model=StatusOut)
 async def get_status(document_id: uuid.UUID, request: Request, response: Response, user: CurrentUser,
                      wait: Annotated[float, Query(ge=0, le=30, description="seconds")] = 0) -> Document:
     """With `wait`, the answer comes when processing has ended, or after that time. Error: `not_found`."""
@@ -803,8 +788,7 @@ async def get_status(document_id: uuid.UUID, request: Request, response: Respons
     return document
 
 
-@router.get("/documents/{document_id:uuid}/result", tags=["processing"], summary="Get the result of processing",
-            response_model=ResultOut)
+@documents.get("/{document_id:uuid}/result", summary="Get the result of processing", response_model=ResultOut)
 async def get_result(document_id: uuid.UUID, request: Request, user: CurrentUser) -> Response:
     """What the pipeline made of it. Errors: `not_found`, `not_processed`, `still_processing`, `processing_failed`."""
     document = own_document(request, user, document_id)
@@ -815,33 +799,32 @@ async def get_result(document_id: uuid.UUID, request: Request, user: CurrentUser
     raise Problem("still_processing" if document.status == Status.PROCESSING else "not_processed")
 
 
-@router.get("/documents", tags=["documents"], summary="List your documents", response_model=list[DocumentOut])
+@documents.get("", summary="List your documents", response_model=list[DocumentOut])
 async def list_documents(
         request: Request, response: Response, user: CurrentUser, limit: Annotated[int, Query(ge=1, le=200)] = 50,
         status: Status = Query(None),  # the type has no None, so that the schema does not say null
         cursor: str = Query(None, pattern=CURSOR, description="of the Link header")) -> list[Document]:
     """Newest first. The header `Link: <...>; rel="next"` leads to the next page (RFC 8288)."""
     before = cursor.split("_") if cursor else ("~", "")  # which sorts behind every time
-    documents = service_of(request).db.documents(user.user_id, limit + 1, status, before)
-    if len(documents) > limit:
-        last = documents[limit - 1]
+    found = service_of(request).db.documents(user.user_id, limit + 1, status, before)
+    if len(found) > limit:
+        last = found[limit - 1]
         query = f"limit={limit}&cursor={last.created_at}_{last.document_id}" + (f"&status={status}" if status else "")
         response.headers["Link"] = f'<{request.scope["path"]}?{query}>; rel="next"'
-    return documents[:limit]
+    return found[:limit]
 
 
-@router.get("/documents/{document_id:uuid}", tags=["documents"], summary="Get one document", response_model=DocumentOut)
+@documents.get("/{document_id:uuid}", summary="Get one document", response_model=DocumentOut)
 async def get_one(document_id: uuid.UUID, request: Request, user: CurrentUser) -> Document:
     """The same as the upload answered, with the document's present status. Error: `not_found`."""
     return own_document(request, user, document_id)
 
 
-@router.get("/documents/{document_id:uuid}/file", tags=["documents"], summary="Download the stored file",
-            response_class=StreamingResponse, responses={
-                200: {"description": "The stored bytes", "content": dict.fromkeys(
-                    ("application/octet-stream", PDF, DOCX),
-                    {"schema": {"type": "string", "format": "binary"}, "example": "%PDF-1.7 ..."})},
-                304: {"description": "The client has this file already: see If-None-Match"}})
+@documents.get("/{document_id:uuid}/file", summary="Download the stored file", response_class=StreamingResponse,
+               responses={200: {"description": "The stored bytes", "content": dict.fromkeys(
+                              ("application/octet-stream", PDF, DOCX),
+                              {"schema": {"type": "string", "format": "binary"}, "example": "%PDF-1.7 ..."})},
+                          304: {"description": "The client has this file already: see If-None-Match"}})
 async def get_file(document_id: uuid.UUID, request: Request, user: CurrentUser) -> Response:
     """The bytes that were uploaded, with their SHA-256 as ETag. Errors: `not_found`, `unavailable`."""
     document = own_document(request, user, document_id)
@@ -850,19 +833,14 @@ async def get_file(document_id: uuid.UUID, request: Request, user: CurrentUser) 
         return Response(status_code=304, headers=headers)
     file = await run_in_threadpool(service_of(request).storage.open, document.document_id)
 
-    async def chunks() -> AsyncIterator[bytes]:
-        with file:
-            while "head" not in request.scope and (data := await run_in_threadpool(file.read, 65536)):
-                yield data  # to HEAD nothing, see RequestMiddleware
-
+    chunks = [] if "head" in request.scope else iter(partial(file.read, 65536), b"")  # see RequestMiddleware
     plain, quoted = re.sub(r'[^ -~]|["\\%]', "_", document.filename), quote(document.filename, safe="")
-    return StreamingResponse(chunks(), headers=headers | {
+    return StreamingResponse(chunks, background=BackgroundTask(file.close), headers=headers | {
         "Content-Type": document.media_type, "Content-Length": str(document.size),
         "Content-Disposition": f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quoted}"})
 
 
-@router.delete("/documents/{document_id:uuid}", tags=["documents"], summary="Delete a document", status_code=204,
-               response_class=Response)
+@documents.delete("/{document_id:uuid}", summary="Delete a document", status_code=204, response_class=Response)
 async def delete(document_id: uuid.UUID, request: Request, user: CurrentUser) -> None:
     """Removes document, file and result, also while it is being processed. Error: `not_found`."""
     if not await service_of(request).db.delete(str(document_id), user.user_id):
@@ -889,12 +867,11 @@ def tokens_of(service: Service, session: Session) -> Tokens:
         refresh_token=service.signer.issue(auth.REFRESH, renewal), refresh_expires_in=round(renewal.exp - now))
 
 
-@router.post("/auth/login", tags=["auth"], summary="Log in with user name and password",
-             openapi_extra=form_or_json(Credentials))
+@sessions.post("/login", summary="Log in with user name and password", openapi_extra=form_or_json(Credentials))
 async def login(request: Request) -> Tokens:
     """Gives an access and a refresh token (OAuth 2 password grant). Errors: `invalid_grant`, `too_many_attempts`."""
     sent = await read_fields(request, Credentials)
-    service, client = service_of(request), client_address(request)
+    service, client = service_of(request), request.state.client
     throttle_key, name_hash = auth.throttle_key(client), service.signer.name_hash(sent.username)
     if service.logins_under_way.count(throttle_key) >= LOGINS_AT_ONCE:
         raise Problem("too_many_attempts")
@@ -922,8 +899,7 @@ async def login(request: Request) -> Tokens:
     return tokens_of(service, session)
 
 
-@router.post("/auth/refresh", tags=["auth"], summary="Exchange a refresh token for new tokens",
-             openapi_extra=form_or_json(RefreshToken))
+@sessions.post("/refresh", summary="Exchange a refresh token for new tokens", openapi_extra=form_or_json(RefreshToken))
 async def refresh(request: Request) -> Tokens:
     """Replaces the refresh token. The old token gives the same successor for 10 seconds more, unless the successor was
     used. Any later use, until it expires, ends the session (RFC 9700, 4.14.2). Error: `invalid_grant`."""
@@ -936,14 +912,14 @@ async def refresh(request: Request) -> Tokens:
     session = await service.db.rotate(used.sid, used.sub, used.jti)
     if session is None:  # it has ended; or the token was used before, and somebody else may have its successor
         if username := await service.db.end_session(used.sid, used.sub):
-            log_event("token_reused", logging.WARNING, user=username, client=client_address(request))
+            log_event("token_reused", logging.WARNING, user=username, client=request.state.client)
         raise Problem("invalid_grant")
     request.state.username = session.username
     return tokens_of(service, session)
 
 
-@router.post("/auth/logout", tags=["auth"], summary="Log out", status_code=204, response_class=Response,
-             openapi_extra=form_or_json(RefreshToken))
+@sessions.post("/logout", summary="Log out", status_code=204, response_class=Response,
+               openapi_extra=form_or_json(RefreshToken))
 async def logout(request: Request) -> None:
     """Ends the session: its access and refresh tokens stop working at once."""
     sent = await read_fields(request, RefreshToken)
@@ -951,16 +927,16 @@ async def logout(request: Request) -> None:
     with contextlib.suppress(auth.InvalidToken):  # 204 all the same (RFC 7009, 2.2)
         claims = service.signer.verify(auth.REFRESH, sent.refresh_token, allow_expired=True)
         if username := await service.db.end_session(claims.sid, claims.sub):
-            log_event("logged_out", user=username, client=client_address(request))
+            log_event("logged_out", user=username, client=request.state.client)
 
 
-@router.get("/healthz", tags=["health"], summary="Is the process alive?")
+@health.get("/healthz", summary="Is the process alive?")
 async def healthz() -> Health:
     """Answers as long as the process serves."""
     return Health()
 
 
-@router.get("/readyz", tags=["health"], summary="Can documents be taken?")
+@health.get("/readyz", summary="Can documents be taken?")
 async def readyz(request: Request) -> Health:
     """Writes to the database and to the file store. Error: `unavailable`."""
     service = service_of(request)
@@ -971,12 +947,8 @@ async def readyz(request: Request) -> Health:
 
 # The application
 
-DESCRIPTION = """Takes PDF and DOCX files, stores them, processes them in the background and serves the result.
-
-1. **Authorize** with user `admin` and the password in `data/initial-password`.
-2. **Upload a PDF or DOCX** and copy its `document_id`.
-3. **Start processing a document** with that id.
-4. **See how processing goes**, with `wait` = 10, and **get the result**."""
+DESCRIPTION = """**Authorize** with user `admin` and the password in `data/initial-password`, **upload a PDF or DOCX**,
+**start processing** with its `document_id`, **see how processing goes** with `wait` = 10, and **get the result**."""
 
 
 def create_app(settings: Settings | None = None, *, storage: Storage | None = None,
@@ -989,7 +961,8 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
         lifespan=lambda _: running_service(settings or Settings.from_environment(os.environ), storage, pipeline),
         redirect_slashes=False, redoc_url=None,
         exception_handlers={HTTPException: problem_of, RequestValidationError: problem_of},
-        middleware=[Middleware(RequestMiddleware)], routes=router.routes)  # `include_router` matches each path twice
+        middleware=[Middleware(RequestMiddleware)],
+        routes=[*documents.routes, *sessions.routes, *health.routes])  # `include_router` matches each path twice
 
 
 @contextlib.asynccontextmanager
@@ -1000,26 +973,28 @@ async def running_service(
     1. `follow_uvicorn` stops the workers within 0.1 s: no more runs begin, long polls are answered, the grace begins.
     2. uvicorn waits for open requests, and cancels them at the end of the grace: they are answered with 503.
     3. This function goes on after its `yield`. Runs have what is left of the grace, then writes have a second.
-    4. uvicorn raises the signal again, which ends the process, whatever its threads do. The kernel ignores it for
-       process 1 of a container: there, as after Ctrl-C, Python waits for calls of pipeline, storage and database."""
+    4. uvicorn lets the signal end the process; but process 1 of a container, as after Ctrl-C, waits for its threads."""
     log.setLevel(settings.log_level)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # macOS allows less than its hard limit says
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 65536)), hard))  # an upload takes two of them
     gc.set_threshold(10_000)  # full collections, which stop everything for 20 ms, doubled the p99 of small uploads
     service = Service(settings, storage, pipeline)
-    await service.add_administrator()
+    if not service.db.has_users():
+        file = settings.data_dir / "initial-password"
+        password = settings.admin_password or secret_file(service.db, file)
+        if await service.db.add_first_user(settings.admin_username, auth.hash_password(password)):
+            log_event("first_user_added", user=settings.admin_username,
+                      password_file=None if settings.admin_password else str(file))
     tasks = [asyncio.create_task(work) for work in (
         follow_uvicorn(service), repeat(service.workers.look_after_runs, min(1.0, settings.lease_seconds / 4)),
         repeat(service.remove_deleted_files, 0.5),
         *(repeat(service.workers.work, 0.1) for _ in range(settings.process_workers)))]
-    try:
-        yield {"service": service}
-    finally:
-        await service.workers.close()
-        for task in tasks:
-            task.cancel()
-        service.db.close()
+    yield {"service": service}
+    await service.workers.close()
+    for task in tasks:
+        task.cancel()
+    service.db.close()
 
 
 async def repeat(action: Callable[[], Awaitable[None]], seconds: float) -> None:

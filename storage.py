@@ -1,7 +1,6 @@
 """Documents as bytes: what makes a file a PDF or DOCX, a file on its way in, and `Storage` with its local disk.
 
-This module knows neither SQL nor HTTP. Another store (S3, GCS) is one more class with the methods of `Storage`, to be
-tested by the tests `test_storage_*` too."""
+It knows neither SQL nor HTTP. Another store (S3, GCS) is one more class like `Storage`, tested by `test_storage_*`."""
 import contextlib
 import errno
 import functools
@@ -32,7 +31,6 @@ class BadDocument(Exception):
 
 class Storage(Protocol):
     """A flat store of immutable objects. Keys are 1-64 of `A-Z a-z 0-9 -`, made by the server, never used twice.
-
     Whatever goes wrong is an OSError. Safe to use from several threads and processes at once."""
 
     parallel: int  # calls of `publish` at once: few for a disk, many where they wait for a network
@@ -44,8 +42,7 @@ class Storage(Protocol):
         """Makes the object out of the file and closes the file. The object is durable after the next `sync`."""
 
     def sync(self) -> None:
-        """After the return all that was published or deleted before survives a power loss. Called before each commit of
-        the database, so a store that is durable without it does nothing here."""
+        """Makes all that was published or deleted before survive a power loss. Called before each commit of rows."""
 
     def open(self, key: str) -> BinaryIO:
         """A seekable reader; FileNotFoundError when there is no such object. A reader outlives a `delete`."""
@@ -80,8 +77,7 @@ class LocalStorage:
     def publish(self, key: str, file: BinaryIO) -> None:
         with file:
             os.fsync(file.fileno())
-        path = self._path(key)
-        os.replace(path + ".part", path)
+        os.replace(self._path(key) + ".part", self._path(key))
 
     def sync(self) -> None:
         fsync_folder(self._folder)
@@ -129,7 +125,6 @@ def fsync_folder(folder: str | Path) -> None:
 
 class Incoming:
     """One file on its way into the storage. Its start is checked when START_BYTES, or all, have come.
-
     One method at a time. `feed` works in memory, so it fits an event loop; the others wait for the storage."""
 
     def __init__(self, storage: Storage, key: str) -> None:
@@ -188,8 +183,7 @@ MAX_CONTENT_TYPES, MAX_MAIN_PART = 2**18, 512 * 2**20  # bytes, unpacked
 
 
 class BoundedReads:
-    """A file for `zipfile`, which would otherwise read a directory of whatever size the file claims. (It refuses a
-    directory that is cut.)"""
+    """A file for `zipfile`, which would read a directory of any size, and refuses one that is cut."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.seek, self.tell, self.seekable = file, file.seek, file.tell, file.seekable
@@ -240,16 +234,13 @@ def part_name(name: str) -> str:
 
 
 def content_types(archive: zipfile.ZipFile) -> dict[str, str]:
-    """What [Content_Types].xml declares: content types by `/part/name` or `.extension`, all in lower case."""
+    """What [Content_Types].xml declares: content types by `/part/name` or `/.extension`, all in lower case."""
     (types_entry,) = [  # else a ValueError: a DOCX has exactly one
         entry for entry in archive.infolist() if part_name(entry.filename) == CONTENT_TYPES]
     declared: dict[str, str] = {}
 
     def on_element(_: str, attributes: dict[str, str]) -> None:
-        if "PartName" in attributes:
-            name = part_name(attributes["PartName"])
-        else:
-            name = "." + attributes.get("Extension", "").lower()
+        name = part_name(attributes.get("PartName", "." + attributes.get("Extension", "")))
         declared.setdefault(name, attributes.get("ContentType", "").partition(";")[0].strip().lower())
 
     def on_doctype(*_: object) -> NoReturn:  # OPC forbids DTDs; without one there are no entities to expand
@@ -283,7 +274,7 @@ def check_is_whole(file: BinaryIO, media_type: str) -> None:
         declared = content_types(archive)
         for entry in archive.infolist():
             name = part_name(entry.filename)
-            by_extension = declared.get(os.path.splitext(name)[1])
+            by_extension = declared.get("/" + os.path.splitext(name)[1])
             if name != CONTENT_TYPES and declared.get(name, by_extension) == MAIN_PART:
                 for _ in unpacked(archive, entry, MAX_MAIN_PART):
                     pass

@@ -98,7 +98,7 @@ def until(condition: Callable[[], T], seconds: float = 30) -> T:
 @pytest.fixture(scope="session", autouse=True)
 def quick_passwords() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(auth, "SCRYPT_N", 2**6)
+        patch.setattr(auth, "SCRYPT", "scrypt$64$8$5")
         patch.delattr("http.cookies._unquote")  # quadratic before Python 3.11.10: no request may lead there
         yield
 
