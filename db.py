@@ -421,7 +421,7 @@ class Database:
         time.sleep(1)  # in which the rows of files that were just published are written
         after = ids("documents")
         strays = keys - before - deleted - after - ids("deleted_files")
-        return sorted(strays), sorted(before & after - keys)
+        return sorted(strays & set(self._keys())), sorted(before & after - keys)
 
     @write
     def delete(self, document_id: str, owner_id: str) -> bool:

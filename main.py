@@ -337,10 +337,10 @@ class RequestMiddleware:
                 exchange.request_body_unread = False  # the grace is over: no time is left to read the rest
             await problem(scope, exchange.receive, exchange.send)
         finally:
+            # What is odd may hold a secret: `http://user:password@host/`, a `?` sent as %3F, a token as the method.
             path = scope["path"].removeprefix(scope["root_path"])
-            # An odd path may hold a secret: `http://user:password@host/`, or a `?` that was sent as %3F.
-            log_event("request", method=request.method, status=exchange.status,
-                      path=path if re.fullmatch("/[A-Za-z0-9_/.-]{,200}", path) else "odd",
+            log_event("request", method=request.method if re.fullmatch("[A-Z]{1,9}", request.method) else "odd",
+                      path=path if re.fullmatch("/[A-Za-z0-9_/.-]{,200}", path) else "odd", status=exchange.status,
                       duration_ms=round(1000 * (time.perf_counter() - start), 3), client=request.state.client,
                       user=scope["state"].get("username"))
 
@@ -382,7 +382,7 @@ class Exchange:
 
     async def _drain(self, seconds: float, most: int) -> None:
         drained = 0
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(TimeoutError, asyncio.CancelledError):  # the latter: the grace of a shutdown is over
             async with asyncio.timeout(seconds):
                 while self.request_body_unread and drained < most:
                     drained += len((await self.receive()).get("body", b""))

@@ -1492,7 +1492,7 @@ def test_secrets_and_contents_reach_neither_log_nor_error(server: Process) -> No
         sent(content), sent(b"--b\r\n\xff" + content), sent(part(PDF + content)[:-5]), wire(f"GET a+b://{canary}@x/"),
         sent(part(disposition=b"form-data; name=" + content) + part(content) + b"--b--"),
         sent(b"", Content_Type=f"multipart/form-data; boundary={canary * 30}"), wire(f"GET //{canary}@x/"),
-        sent(part() + b"--b--", Idempotency_Key=f"{canary} \xff"), wire(f"GET http://{canary}@x/"),
+        sent(part() + b"--b--", Idempotency_Key=f"{canary} \xff"), wire(f"GET http://{canary}@x/"), wire(f"{canary} /"),
         file("a.pdf", content), file("a.docx", b"PK\3\4" + content), file("a.docx", typed(f"<{canary}>"))]
     damaged = docx(entries={"word/document.xml": content}, compression=zipfile.ZIP_STORED)
     damaged = damaged.replace(content, content[::-1])
