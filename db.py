@@ -231,7 +231,7 @@ class Database:
 
     def _commit_forever(self) -> None:
         """One batch after the other: a write, and those that wait with it. Clients that were answered together often
-        write together again: so it waits up to 20 ms for as many as last time, less one, as the service writes too."""
+        write together again: so it waits up to 20 ms for as many as last time, but one, which may have been our own."""
         batch: list[Write[Any]] = []
         while True:
             expected = len(batch) - 1
@@ -262,7 +262,7 @@ class Database:
                 self._writer.execute("BEGIN IMMEDIATE")
                 for each in batch:
                     self._apply(each, outcomes)
-                committing = True
+                committing = True  # at the end of this block
         except BaseException as error:
             in_doubt = committing and getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL
             for each in batch:
@@ -360,7 +360,8 @@ class Database:
     @write
     def rotate(self, session_id: str, user_id: str, used_jti: str) -> Session | None:
         """Exchanges a refresh token. The UPDATE makes it the previous one, if it is the current one. The SELECT finds
-        its successor, which it gets again within REFRESH_GRACE. None for a token that is not good any more."""
+        the successor of the previous one, whether this was its first use or a repetition within REFRESH_GRACE. None for
+        a token that is not good any more."""
         now = time.time()
         self._writer.execute(
             "UPDATE sessions SET previous_jti = refresh_jti, refresh_jti = ?, rotated_at = ?"
@@ -421,7 +422,7 @@ class Database:
         time.sleep(1)  # in which the rows of files that were just published are written
         after = ids("documents")
         strays = keys - before - deleted - after - ids("deleted_files")
-        return sorted(strays & set(self._keys())), sorted(before & after - keys)
+        return sorted(strays & set(self._keys())), sorted((before & after) - keys)
 
     @write
     def delete(self, document_id: str, owner_id: str) -> bool:
@@ -478,6 +479,7 @@ class Database:
 
     @write
     def record_progress(self, run_id: str, document_id: str, percent: int, message: str) -> None:
+        message = message.encode(errors="replace").decode()  # a lone surrogate fits no database
         self._update_run(run_id, document_id, "progress = ?, message = ?", percent, message)
 
     @write
@@ -489,7 +491,7 @@ class Database:
 
     @write
     def fail(self, run_id: str, document_id: str, code: str, message: str, retryable: bool) -> None:
-        message = message.encode(errors="replace").decode()  # a lone surrogate fits no database
+        message = message.encode(errors="replace").decode()
         error = json.dumps({"code": code, "message": message, "retryable": retryable})
         self._update_run(
             run_id, document_id, "status = 'FAILED', run_id = NULL, message = ?, error = ?, finished_at = ?",

@@ -618,8 +618,9 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
 
 class Workers:
     """Runs queued documents. The queue is in the database, so any process may run what another was asked to. A run is
-    one claim and one call of the pipeline, in a thread. Whatever goes wrong with file or pipeline makes the document
-    FAILED. When the database fails at the claim or at the end, the run ends like the death of its process."""
+    one claim and one call of the pipeline, in a thread. What the pipeline raises makes the document FAILED. When the
+    storage can't open the file, or the database fails at the claim or at the end, nothing is recorded: after its lease
+    the document is taken over, as when the process had died."""
 
     def __init__(self, service: Service, pipeline: Pipeline) -> None:
         self._db, self._storage, self._settings = service.db, service.storage, service.settings
@@ -673,8 +674,9 @@ class Workers:
             except (sqlite3.Error, OSError) as failure:  # no fault of the pipeline, and no harm: it is only logged
                 log_event("storage_error", logging.ERROR, failure=failure)
 
+        file = self._storage.open(document.document_id)
         try:
-            with self._storage.open(document.document_id) as file:
+            with file:
                 result = json.dumps(self._pipeline(file, document, progress), allow_nan=False)
         except RunEnded:
             raise
@@ -732,7 +734,7 @@ async def upload(request: Request) -> Response:
             incoming.sha256.hexdigest(), Status.UPLOADED, now, now, idempotency_key=idempotency_key))
     except InDoubt:  # the row may be committed
         raise
-    except Exception:  # certainly without a row (a CancelledError passes by: a publisher may be at work on the file)
+    except Exception:  # certainly without a row (CancelledError is none: a publisher may be at work on the file then)
         await run_in_threadpool(incoming.discard)
         raise
     finally:
@@ -973,7 +975,7 @@ async def running_service(
     1. `follow_uvicorn` stops the workers within 0.1 s: no more runs begin, long polls are answered, the grace begins.
     2. uvicorn waits for open requests, and cancels them at the end of the grace: they are answered with 503.
     3. This function goes on after its `yield`. Runs have what is left of the grace, then writes have a second.
-    4. uvicorn lets the signal end the process; but process 1 of a container, as after Ctrl-C, waits for its threads."""
+    4. uvicorn raises the signal again: the process ends. (Process 1 of a container, and Ctrl-C, wait for threads.)"""
     log.setLevel(settings.log_level)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # macOS allows less than its hard limit says
@@ -1008,8 +1010,8 @@ async def repeat(action: Callable[[], Awaitable[None]], seconds: float) -> None:
 
 
 async def follow_uvicorn(service: Service) -> None:
-    """Stops the workers, and so long polls, when uvicorn gets SIGTERM: the lifespan is told only when all requests have
-    ended. Before that, uvicorn's server gets the grace, and its sockets the options that their connections inherit."""
+    """Gives uvicorn's server the grace, and its listening sockets the options that connections inherit. Then stops the
+    workers, and so long polls, when uvicorn gets SIGTERM: the lifespan is told only when all requests have ended."""
     server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)  # uvicorn's handler is a method of its server
     if not isinstance(server, uvicorn.Server):
         return  # other servers have settings of their own for the grace

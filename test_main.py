@@ -326,7 +326,7 @@ def test_commands_tell_the_folder(tmp_path: Path, monkeypatch: Patch) -> None:
 
 
 def test_no_file_is_removed_because_the_database_does_not_know_it(tmp_path: Path, monkeypatch: Patch) -> None:
-    settings = settings_in(tmp_path, process_seconds=0)
+    settings = settings_in(tmp_path, lease_seconds=0.5)
     with running(settings) as client:
         kept, lost = uploaded(client), uploaded(client)
     folder = settings.data_dir / "files"
@@ -339,8 +339,7 @@ def test_no_file_is_removed_because_the_database_does_not_know_it(tmp_path: Path
         (folder / id_in(lost)).unlink()
         assert code_of(client.get(f"{lost}/file")) == (503, "unavailable")
         status = processed(client, lost)
-        assert (status["attempts"], status["error"]) == (
-            1, {"code": "pipeline_error", "message": "Processing failed: FileNotFoundError.", "retryable": True})
+        assert (status["attempts"], status["error"]["code"], status["error"]["retryable"]) == (3, "interrupted", True)
     code, told = command(settings, "check")
     assert code == 1 and str(settings.data_dir) in told
     assert ["a-stray" in told, *(id_in(path) in told for path in (lost, kept, deleted))] == [True, True, False, False]
@@ -1959,10 +1958,11 @@ def test_a_fault_at_any_step_of_an_upload_is_answered(steps: Steps, caplog: pyte
 def test_a_fault_at_any_step_of_a_run_is_got_over(steps: Steps, caplog: pytest.LogCaptureFixture) -> None:
     steps.settings = settings_in(steps.settings.data_dir.parent, lease_seconds=0.5)
     with steps.running() as client:
-        for good_times, step in itertools.product(range(7), ("BEGIN", "COMMIT")):
+        for step, good_times, failure in [("open", 0, IO_ERROR), *(
+                (step, good_times, DATABASE_ERROR) for good_times in range(7) for step in ("BEGIN", "COMMIT"))]:
             path = uploaded(client)
             caplog.clear()
-            steps.break_at(step, [None] * good_times + [DATABASE_ERROR])
+            steps.break_at(step, [None] * good_times + [failure])
             until(lambda: client.post(f"{path}/process").status_code != 503)
             until(lambda: {"storage_error", "background_error"} & set(caplog.messages))
             assert client.get(f"{path}/status?wait=30").json()["status"] == "COMPLETED", (step, good_times)
