@@ -252,8 +252,7 @@ class Database:
             each.ended.set()
 
     def _commit_batch(self, batch: list[Write[Any]]) -> None:
-        """Files first, then rows, in one transaction. When its COMMIT fails, nobody can tell whether the rows are
-        there, except that a full disk stores none."""
+        """Files, then rows. When the COMMIT fails, nobody can tell whether rows are there; a full disk stores none."""
         outcomes: dict[Write[Any], Any] = {}  # of the writes that did not break
         committing = False
         try:
