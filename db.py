@@ -151,13 +151,13 @@ class Write(Future[T]):
     def __init__(self, operation: Callable[[], T]) -> None:
         super().__init__()
         self.operation = operation
-        self.ended = asyncio.Event()
+        self.woken = asyncio.Event()
 
     def __await__(self) -> Generator[Any, None, T]:
         """What the operation returned, once it is on disk. Raises InDoubt when that takes longer than WRITE_SECONDS:
         the write stays in the queue then (`asyncio.wrap_future` would cancel it)."""
-        timer = asyncio.get_running_loop().call_later(WRITE_SECONDS, self.ended.set)
-        yield from self.ended.wait().__await__()
+        timer = asyncio.get_running_loop().call_later(WRITE_SECONDS, self.woken.set)
+        yield from self.woken.wait().__await__()
         timer.cancel()
         if not self.done():
             raise InDoubt("the write took too long")
@@ -249,7 +249,7 @@ class Database:
     def _wake(batch: list[Write[Any]]) -> None:
         """Lets the coroutines that await these writes go on, in their event loop."""
         for each in batch:
-            each.ended.set()
+            each.woken.set()
 
     def _commit_batch(self, batch: list[Write[Any]]) -> None:
         """Files, then rows. When the COMMIT fails, nobody can tell whether rows are there; a full disk stores none."""

@@ -137,7 +137,7 @@ LOGGING = {  # for logging.config.dictConfig
     "formatters": {"json": {"()": JsonFormatter}},
     "handlers": {"stdout": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout", "formatter": "json"}},
     "root": {"handlers": ["stdout"], "level": "INFO"},
-    # These two lose their own handlers. The `request` event says it better than uvicorn's access log, and has no query.
+    # uvicorn's loggers lose their own handlers. The `request` event says more than its access log, and has no query.
     "loggers": {"uvicorn": {"propagate": True}, "uvicorn.access": {"propagate": False}}}
 
 
@@ -281,7 +281,7 @@ async def problem_of(request: Request, failure: BaseException) -> Problem:
         case FormParserError():
             return Problem("malformed_body")
         case auth.InvalidToken() | sqlite3.IntegrityError(sqlite_errorcode=sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY):
-            return Problem("invalid_token")  # the latter: the user was removed during the upload
+            return Problem("invalid_token")  # IntegrityError: the user was removed during the upload
         case HTTPException(status_code=405):
             methods = {method for route in request.app.routes if route.matches(request.scope)[0] == Match.PARTIAL
                        for method in route.methods}
@@ -382,7 +382,7 @@ class Exchange:
 
     async def _drain(self, seconds: float, most: int) -> None:
         drained = 0
-        with contextlib.suppress(TimeoutError, asyncio.CancelledError):  # the latter: the grace of a shutdown is over
+        with contextlib.suppress(TimeoutError, asyncio.CancelledError):  # by uvicorn, when the grace is over
             async with asyncio.timeout(seconds):
                 while self.request_body_unread and drained < most:
                     drained += len((await self.receive()).get("body", b""))
@@ -834,7 +834,6 @@ async def get_file(document_id: uuid.UUID, request: Request, user: CurrentUser) 
     if headers["ETag"] in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
     file = await run_in_threadpool(service_of(request).storage.open, document.document_id)
-
     chunks = [] if "head" in request.scope else iter(partial(file.read, 65536), b"")  # see RequestMiddleware
     plain, quoted = re.sub(r'[^ -~]|["\\%]', "_", document.filename), quote(document.filename, safe="")
     return StreamingResponse(chunks, background=BackgroundTask(file.close), headers=headers | {
@@ -1022,9 +1021,9 @@ async def follow_uvicorn(service: Service) -> None:
     idle_milliseconds = int(1000 * service.settings.upload_idle_seconds) or 1  # 0 would be the system's default
     for listening in [sock for each in server.servers for sock in each.sockets]:
         with contextlib.suppress(OSError, AttributeError):  # a Unix socket; macOS has no TCP_USER_TIMEOUT
-            # asyncio does not set it when uvicorn runs several workers: an answer may wait 40 ms then.
+            # Without TCP_NODELAY, which asyncio leaves out when uvicorn runs several workers, answers may wait 40 ms.
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # Ends a connection whose client takes nothing (tcp(7)).
+            # TCP_USER_TIMEOUT ends a connection whose client takes nothing (tcp(7)).
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, idle_milliseconds)
     while not server.should_exit:
         await asyncio.sleep(0.1)

@@ -200,7 +200,7 @@ def open_docx(file: BinaryIO) -> Iterator[zipfile.ZipFile]:
             if len(archive.infolist()) > MAX_ENTRIES:
                 raise BadDocument(f"The ZIP archive has more than {MAX_ENTRIES} entries.")
             yield archive
-    except (BadDocument, OSError):  # the latter is the storage's fault
+    except (BadDocument, OSError):  # an OSError is the storage's fault
         raise
     except Exception as error:  # zipfile and expat raise a dozen kinds
         raise BadDocument("The content is not a readable DOCX (ZIP) file.") from error
@@ -216,7 +216,7 @@ class AnyName(str):
 
 def unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, most: int) -> Iterator[bytes]:
     """The bytes of an entry, whose CRC is checked at the end. Raises BadDocument when there may be more than `most`:
-    zipfile gives at most as many as `file_size` says, and has no bound for other compressions than these two."""
+    zipfile gives at most as many as `file_size` says, and has no bound for other compressions."""
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or entry.file_size > most:
         raise BadDocument("A part of the DOCX has another compression, or unpacks to more, than a DOCX needs.")
     if not 0 <= entry.header_offset < archive.start_dir:  # the file system may refuse to seek there
