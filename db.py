@@ -1,8 +1,8 @@
 """Every line of SQL: users and sessions, the life of a document, and the queue, which is the documents table itself.
 
-One thread writes, the committer. It commits all writes that wait in one transaction (group commit): the more writes
-wait, the fewer fsyncs each pays for. Methods marked with `write` return a Write: a coroutine awaits it, a thread takes
-its `result()`. The others read, over a second connection, which never waits for writers (WAL)."""
+One thread writes, the committer. It puts all writes that wait into one transaction (group commit), so that they share
+one fsync. Methods marked with `write` return a Write: a coroutine awaits it, a thread takes its `result()`. The other
+methods read, over a second connection, which never waits for writers (WAL)."""
 import asyncio
 import contextlib
 import fcntl
@@ -16,56 +16,55 @@ import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from datetime import datetime, timezone
-from enum import StrEnum
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Status = Literal["UPLOADED", "PROCESSING", "COMPLETED", "FAILED"]
 
-# PRAGMA user_version is the number of these that have run.
-MIGRATIONS = ("""
-CREATE TABLE users (user_id TEXT PRIMARY KEY, username TEXT NOT NULL UNIQUE, password_hash TEXT NOT NULL) STRICT;
-CREATE TABLE sessions (  -- see also the ALTER TABLEs
+SCHEMA_VERSION = 3  # as PRAGMA user_version
+SCHEMA = """
+CREATE TABLE users (
+    user_id TEXT PRIMARY KEY, username TEXT NOT NULL UNIQUE, password_hash TEXT NOT NULL,
+    last_claim INTEGER NOT NULL DEFAULT 0  -- serial number of the latest claim of one of the user's documents
+) STRICT;
+CREATE INDEX users_by_last_claim ON users (last_claim);
+CREATE TABLE sessions (
     session_id TEXT PRIMARY KEY, user_id TEXT NOT NULL REFERENCES users ON DELETE CASCADE,
     refresh_jti TEXT NOT NULL,  -- the current refresh token
-    expires_at REAL NOT NULL
+    expires_at REAL NOT NULL,
+    previous_jti TEXT,          -- the refresh token before the current one
+    rotated_at REAL NOT NULL    -- when the current refresh token was issued
 ) STRICT;
 CREATE INDEX sessions_of_user ON sessions (user_id);
+CREATE TABLE login_failures (name_hash TEXT NOT NULL, client TEXT NOT NULL, failed_at REAL NOT NULL) STRICT;
+CREATE INDEX login_failures_of ON login_failures (name_hash, client, failed_at);
+CREATE INDEX login_failures_at ON login_failures (failed_at);
 CREATE TABLE documents (
     document_id TEXT PRIMARY KEY, owner_id TEXT NOT NULL REFERENCES users ON DELETE CASCADE,
     filename TEXT NOT NULL, media_type TEXT NOT NULL, size INTEGER NOT NULL, sha256 TEXT NOT NULL, idempotency_key TEXT,
     status TEXT NOT NULL DEFAULT 'UPLOADED' CHECK (status IN ('UPLOADED', 'PROCESSING', 'COMPLETED', 'FAILED')),
     created_at TEXT NOT NULL, updated_at TEXT NOT NULL,
     request_id TEXT, queued_at TEXT,  -- of the latest `process` request
-    run_id TEXT,     -- a run is one claim by a worker; NULL unless a worker has the document
-    beat_at REAL,    -- last sign of life of the run
+    run_id TEXT,                      -- a run is one claim by a worker; NULL unless a worker has the document
+    beat_at REAL,                     -- last sign of life of the run
     attempts INTEGER NOT NULL DEFAULT 0, progress INTEGER NOT NULL DEFAULT 0,
     message TEXT NOT NULL DEFAULT '', started_at TEXT, finished_at TEXT,
-    error TEXT       -- JSON: code, message, retryable
+    error TEXT                        -- JSON: code, message, retryable
 ) STRICT;
 CREATE UNIQUE INDEX documents_by_key ON documents (owner_id, idempotency_key) WHERE idempotency_key IS NOT NULL;
 CREATE INDEX documents_newest ON documents (owner_id, created_at, document_id);
 CREATE INDEX documents_by_status ON documents (owner_id, status, created_at, document_id);
-CREATE TABLE results (document_id TEXT PRIMARY KEY REFERENCES documents ON DELETE CASCADE, result TEXT NOT NULL) STRICT;
-""", """
-ALTER TABLE sessions ADD COLUMN previous_jti TEXT;  -- the refresh token before it, which may be used again for a moment
-ALTER TABLE sessions ADD COLUMN rotated_at REAL NOT NULL DEFAULT 0;  -- when the current refresh token was issued
-DROP TABLE IF EXISTS login_failures; DROP INDEX IF EXISTS documents_in_work;  -- of version 1
-CREATE TABLE login_failures (name_hash TEXT NOT NULL, client TEXT NOT NULL, failed_at REAL NOT NULL) STRICT;
-CREATE INDEX login_failures_of ON login_failures (name_hash, client, failed_at);
-CREATE INDEX login_failures_at ON login_failures (failed_at);
 CREATE INDEX documents_waiting ON documents (owner_id, queued_at) WHERE status = 'PROCESSING' AND run_id IS NULL;
 CREATE INDEX documents_running ON documents (owner_id, beat_at) WHERE status = 'PROCESSING' AND run_id IS NOT NULL;
+CREATE TABLE results (document_id TEXT PRIMARY KEY REFERENCES documents ON DELETE CASCADE, result TEXT NOT NULL) STRICT;
 CREATE TABLE deleted_files (document_id TEXT PRIMARY KEY) STRICT;  -- to be removed from the storage
 CREATE TRIGGER document_deleted AFTER DELETE ON documents BEGIN
     INSERT OR IGNORE INTO deleted_files VALUES (old.document_id);
 END;
-""", """
-ALTER TABLE users ADD COLUMN last_claim INTEGER NOT NULL DEFAULT 0;  -- serial number of the last claim for the user
-CREATE INDEX users_by_last_claim ON users (last_claim);
-""")
+"""
 
 FAILURE_LIMIT, FAILURE_WINDOW = 5, 15 * 60.0  # failed logins, seconds
 SESSION_SECONDS, MAX_SESSIONS = 30 * 86400.0, 50  # of one user
@@ -87,13 +86,6 @@ class Throttled(Exception):
 
 class RunEnded(BaseException):  # like asyncio.CancelledError, so that no `except Exception` of a pipeline stops it
     """The run has to end: its document was deleted or taken over, or the grace of a shutdown is over."""
-
-
-class Status(StrEnum):
-    UPLOADED = "UPLOADED"
-    PROCESSING = "PROCESSING"
-    COMPLETED = "COMPLETED"
-    FAILED = "FAILED"
 
 
 class User(NamedTuple):
@@ -118,7 +110,7 @@ class Document(NamedTuple):
     media_type: str
     size: int
     sha256: str
-    status: str  # a Status
+    status: Status
     created_at: str
     updated_at: str
     request_id: str | None = None
@@ -140,7 +132,7 @@ def utc_now() -> str:
 
 
 def first(make: Callable[..., T], rows: sqlite3.Cursor) -> T | None:
-    """What `make` makes of the first row; None when there is no row."""
+    """`make(*row)` of the first row; None when there is no row."""
     row = rows.fetchone()
     return make(*row) if row else None
 
@@ -151,27 +143,30 @@ class Write(Future[T]):
     def __init__(self, operation: Callable[[], T]) -> None:
         super().__init__()
         self.operation = operation
-        self.woken = asyncio.Event()
+        self.ended = asyncio.Event()
 
     def __await__(self) -> Generator[Any, None, T]:
-        """What the operation returned, once it is on disk. Raises InDoubt when that takes longer than WRITE_SECONDS:
-        the write stays in the queue then (`asyncio.wrap_future` would cancel it)."""
-        timer = asyncio.get_running_loop().call_later(WRITE_SECONDS, self.woken.set)
-        yield from self.woken.wait().__await__()
-        timer.cancel()
-        if not self.done():
-            raise InDoubt("the write took too long")
+        return self._on_disk().__await__()
+
+    async def _on_disk(self) -> T:
+        """What the operation returned, once it is on disk. Raises InDoubt after WRITE_SECONDS; the write itself is not
+        cancelled then (`asyncio.wrap_future` would cancel it)."""
+        try:
+            async with asyncio.timeout(WRITE_SECONDS):
+                await self.ended.wait()
+        except TimeoutError:
+            raise InDoubt("the write took too long") from None
         return self.result()
 
 
 def write(method: Callable[Concatenate["Database", P], T]) -> Callable[Concatenate["Database", P], Write[T]]:
     """Runs the method in a transaction of the committer."""
     @functools.wraps(method)
-    def submitted(self: "Database", /, *args: P.args, **kwargs: P.kwargs) -> Write[T]:
+    def submit(self: "Database", /, *args: P.args, **kwargs: P.kwargs) -> Write[T]:
         new = Write(functools.partial(method, self, *args, **kwargs))
-        self._queue.put(new)
+        self._submitted.put(new)
         return new
-    return submitted
+    return submit
 
 
 class Database:
@@ -180,37 +175,37 @@ class Database:
         Raises ValueError when the database is not ours or was lost; sqlite3.Error; OSError."""
         self._sync, self._keys = sync, keys
         self.loop: asyncio.AbstractEventLoop | None = None  # in which writes are awaited
-        self._queue: SimpleQueue[Write[Any]] = SimpleQueue()
+        self._submitted: SimpleQueue[Write[Any]] = SimpleQueue()
         self._lock_path = path.with_name(path.name + ".lock")
         with self.lock():
-            version = self._usable_version(path)
+            is_new = self._is_new(path)
             path.touch(0o600)  # SQLite gives its other files the same mode
             self._writer, self._reader = (
                 sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False) for _ in range(2))
             self._writer.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;"
                                        " PRAGMA foreign_keys = ON; PRAGMA temp_store = MEMORY;")
-            if version < len(MIGRATIONS):
-                self._writer.executescript(f"BEGIN IMMEDIATE; {''.join(MIGRATIONS[version:])}"
-                                           f" PRAGMA user_version = {len(MIGRATIONS)}; COMMIT;")
+            if is_new:
+                self._writer.executescript(
+                    f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
         threading.Thread(target=self._commit_forever, name="committer", daemon=True).start()
 
-    def _usable_version(self, path: Path) -> int:
-        """How many of MIGRATIONS have run. Raises ValueError when the file is not ours, or was lost."""
+    def _is_new(self, path: Path) -> bool:
+        """Whether the tables are still to be made. Raises ValueError when the database is not ours, or was lost."""
         version, tables = 0, set[str]()
         if path.exists() and path.stat().st_size:
             with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
                 (version,) = connection.execute("PRAGMA user_version").fetchone()
                 tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_schema")}
-        if version > len(MIGRATIONS) or (tables and not (version and "sessions" in tables)):
-            raise ValueError(f"{path} belongs to another program or to a later version of this one")
+        if tables and not (version == SCHEMA_VERSION and "sessions" in tables):
+            raise ValueError(f"{path} belongs to another program or to another version of this one")
         if not tables and next(self._keys(), None):
             raise ValueError(f"there are stored files, but {path} is missing or has no tables: was it lost?")
-        return version
+        return not tables
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Lets one thread of one process in at a time. With SQLite's own lock alone, others would sleep and retry, and
-        two processes could checkpoint at the same moment (the WAL-reset bug, before SQLite 3.51.3)."""
+        """Lets one thread of one process in at a time. SQLite's own lock is not enough: those that wait for it poll,
+        and before version 3.51.3 two processes that checkpoint at the same moment can damage the database."""
         with open(self._lock_path, "ab", buffering=0, opener=functools.partial(os.open, mode=0o600)) as lock_file:
             fcntl.flock(lock_file, fcntl.LOCK_EX)
             try:
@@ -219,10 +214,10 @@ class Database:
                 fcntl.flock(lock_file, fcntl.LOCK_UN)  # closing is not enough: a forked child may have it open too
 
     def close(self) -> None:
-        """Finishes what was submitted. A later write fails: its connection is closed. After a second, as when another
-        process holds the lock, the connections stay open."""
+        """Waits up to a second for all writes that were submitted, then closes the connections, so that a later write
+        fails. When they have not ended, as while another process holds the lock, the connections stay open."""
         with contextlib.suppress(TimeoutError):
-            self.check_writable().exception(timeout=1)  # once this write has ended, so have all before it
+            self.check_writable().exception(timeout=1)  # this write ends after those that were submitted before it
             with self.lock():  # since closing a connection checkpoints too
                 self._reader.close()
                 self._writer.close()
@@ -230,62 +225,64 @@ class Database:
     # The committer
 
     def _commit_forever(self) -> None:
-        """One batch after the other: a write, and those that wait with it. Clients that were answered together often
-        write together again: so it waits up to 20 ms for as many as last time, but one, which may have been our own."""
+        """Commits one batch of writes after the other. Clients that were answered together tend to write together
+        again. So each batch waits, up to 20 ms, for about as many writes as the batch before it had: one less, as one
+        may have been a write of the service itself, like a sign of life."""
         batch: list[Write[Any]] = []
         while True:
             expected = len(batch) - 1
-            batch = [self._queue.get()]
+            batch = [self._submitted.get()]
             end = time.monotonic() + 0.02
-            while len(batch) + self._queue.qsize() < expected and time.monotonic() < end:
+            while len(batch) + self._submitted.qsize() < expected and time.monotonic() < end:
                 time.sleep(0.001)
-            batch += (self._queue.get() for _ in range(self._queue.qsize()))
-            self._commit_batch(batch)
+            batch += (self._submitted.get() for _ in range(self._submitted.qsize()))
+            self._commit(batch)
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 if self.loop:  # one call for the batch: one for each write would slow down small uploads by 6 %
-                    self.loop.call_soon_threadsafe(self._wake, batch)
+                    self.loop.call_soon_threadsafe(self._tell, batch)
 
     @staticmethod
-    def _wake(batch: list[Write[Any]]) -> None:
-        """Lets the coroutines that await these writes go on, in their event loop."""
-        for each in batch:
-            each.woken.set()
+    def _tell(batch: list[Write[Any]]) -> None:
+        """Lets the coroutines that await these writes go on. It runs in their event loop."""
+        for pending in batch:
+            pending.ended.set()
 
-    def _commit_batch(self, batch: list[Write[Any]]) -> None:
-        """Files, then rows. When the COMMIT fails, nobody can tell whether rows are there; a full disk stores none."""
-        outcomes: dict[Write[Any], Any] = {}  # of the writes that did not break
+    def _commit(self, batch: list[Write[Any]]) -> None:
+        """Makes the files durable, then the rows, all in one transaction. When the COMMIT itself fails, the rows may be
+        stored or not: InDoubt. (Only if the disk was full, they are certainly not stored.)"""
+        outcomes: dict[Write[Any], Any] = {}  # of the writes that did not fail
         committing = False
         try:
             self._sync()  # never retried: a second fsync may succeed though the first lost a file's name
-            with self.lock(), self._writer:  # which commits, or rolls back after an exception
+            with self.lock(), self._writer:  # which commits at the end of the block, or rolls back after an exception
                 self._writer.execute("BEGIN IMMEDIATE")
-                for each in batch:
-                    self._apply(each, outcomes)
-                committing = True  # at the end of this block
+                for pending in batch:
+                    self._apply(pending, outcomes)
+                committing = True  # what fails from here on is the COMMIT
         except BaseException as error:
             in_doubt = committing and getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL
-            for each in batch:
-                if not each.done():
-                    each.set_exception(InDoubt(str(error)) if in_doubt else error)
+            for pending in batch:
+                if not pending.done():
+                    pending.set_exception(InDoubt(str(error)) if in_doubt else error)
         else:
-            for each, outcome in outcomes.items():
-                each.set_result(outcome)
+            for pending, outcome in outcomes.items():
+                pending.set_result(outcome)
 
-    def _apply(self, each: Write[Any], outcomes: dict[Write[Any], Any]) -> None:
-        """Runs the operation. When it breaks, it is undone alone."""
+    def _apply(self, pending: Write[Any], outcomes: dict[Write[Any], Any]) -> None:
+        """Runs the operation of one write. If it fails, it is undone alone, and the others of its batch go on."""
         self._writer.execute("SAVEPOINT operation")
         try:
-            outcomes[each] = each.operation()
+            outcomes[pending] = pending.operation()
         except BaseException as error:
             if not self._writer.in_transaction:  # SQLite has rolled back the whole batch, as when the disk is full
                 raise
             self._writer.execute("ROLLBACK TO operation")
-            each.set_exception(error)
+            pending.set_exception(error)
         self._writer.execute("RELEASE operation")
 
     @write
     def check_writable(self) -> None:
-        """Writes a row as it is. Raises sqlite3.Error when nothing can be written now."""
+        """Writes a row without changing it. Raises sqlite3.Error when nothing can be written now."""
         self._writer.execute("UPDATE users SET username = username WHERE rowid = (SELECT min(rowid) FROM users)")
 
     # Users and sessions
@@ -336,8 +333,8 @@ class Database:
 
     @write
     def record_login(self, user: User | None, name_hash: str, throttle_key: str) -> Session | None:
-        """Opens a session for a user whose password was right; `user=None` records a failed login. Raises Throttled
-        too, since parallel guesses may have passed `check_throttle` together."""
+        """Opens a session for a user whose password was right; None, if it was changed meanwhile. `user=None` records a
+        failed login. Raises Throttled, as parallel guesses may have passed `check_throttle` together."""
         self.check_throttle(name_hash, throttle_key, self._writer)
         now = time.time()
         if user is None:
@@ -358,9 +355,9 @@ class Database:
 
     @write
     def rotate(self, session_id: str, user_id: str, used_jti: str) -> Session | None:
-        """Exchanges a refresh token. The UPDATE makes it the previous one, if it is the current one. The SELECT finds
-        the successor of the previous one, whether this was its first use or a repetition within REFRESH_GRACE. None for
-        a token that is not good any more."""
+        """Exchanges a refresh token. If it is the current one, the UPDATE replaces it and keeps it as the previous one.
+        The SELECT gives the session if the token is the previous one, by this use or by another within REFRESH_GRACE.
+        None: the token is not good any more."""
         now = time.time()
         self._writer.execute(
             "UPDATE sessions SET previous_jti = refresh_jti, refresh_jti = ?, rotated_at = ?"
@@ -400,7 +397,7 @@ class Database:
         return self._find(self._reader, "document_id = ? AND owner_id = ?", document_id, owner_id)
 
     def documents(self, owner_id: str, limit: int, status: Status | None, before: Sequence[str]) -> list[Document]:
-        """Newest first, those before `before`, a created_at and a document_id: an index seek, however long the list."""
+        """A page, newest first, of the documents before `before`, a created_at and a document_id: an index seek."""
         where, values = "owner_id = ? AND (created_at, document_id) < (?, ?)", [owner_id, *before]
         if status:
             where += " AND status = ?"
@@ -411,16 +408,15 @@ class Database:
         return [Document(*row) for row in rows]
 
     def compare_files(self) -> tuple[list[str], list[str]]:
-        """The keys of stored files that no document has, and the ids of documents that have no file. What is uploaded
-        or deleted meanwhile is in neither."""
+        """Strays, the keys of stored files that no document has; and the ids of documents whose file is lost. What is
+        uploaded or deleted meanwhile is in neither."""
         def ids(table: str) -> set[str]:
             return {document_id for (document_id,) in self._reader.execute(f"SELECT document_id FROM {table}")}
 
-        before, deleted = ids("documents"), ids("deleted_files")
-        keys = set(self._keys())
+        before, keys = ids("documents"), set(self._keys())
         time.sleep(1)  # in which the rows of files that were just published are written
         after = ids("documents")
-        strays = keys - before - deleted - after - ids("deleted_files")
+        strays = keys - before - after - ids("deleted_files")
         return sorted(strays & set(self._keys())), sorted((before & after) - keys)
 
     @write
@@ -463,7 +459,7 @@ class Database:
     @write
     def claim(self, run_id: str) -> Document | None:
         """Gives a waiting document to this new run: the oldest one of the owner whose last claim is the longest ago.
-        None when nothing waits. (A CROSS JOIN goes through its tables in this order, by their indexes: no sorting.)"""
+        None when nothing waits. (CROSS JOIN keeps SQLite to this order of tables: so the indexes do the sorting.)"""
         now = utc_now()
         claimed = first(Document, self._writer.execute(
             "UPDATE documents SET run_id = ?, beat_at = ?, attempts = attempts + 1, progress = 0, message = 'started',"
@@ -505,8 +501,8 @@ class Database:
 
     @write
     def renew_and_take_over(self, run_ids: Sequence[str], lease: float, max_attempts: int) -> list[Document]:
-        """Records a sign of life for these runs, then ends runs whose last sign is more than a lease ago, or ahead (the
-        clock was set back). Returns their documents, which wait again, or are FAILED after the last attempt."""
+        """Renews the leases of these runs. Ends runs whose last sign of life is more than a lease ago, or ahead (the
+        clock was set back), and returns their documents: they wait again or, after the last attempt, are FAILED."""
         lost = f"{RUNNING} AND beat_at NOT BETWEEN :now - :lease AND :now + :lease"
         values = {"now": time.time(), "stamp": utc_now(), "lease": lease, "max_attempts": max_attempts,
                   "run_ids": json.dumps(run_ids), "message": INTERRUPTED["message"], "error": json.dumps(INTERRUPTED)}
@@ -520,7 +516,7 @@ class Database:
         requeued = self._writer.execute(
             "UPDATE documents SET run_id = NULL, progress = 0, started_at = NULL, message = 'waiting for a worker',"
             f" updated_at = :stamp WHERE {lost} AND attempts < :max_attempts RETURNING {COLUMNS}", values).fetchall()
-        # After a clock was set back: a document that was queued before would wait behind all that are queued now.
+        # After a clock was set back, stamps of the future would let their documents wait behind all others.
         self._writer.execute(f"UPDATE documents SET queued_at = :stamp WHERE {WAITING} AND queued_at > :stamp", values)
         return [Document(*row) for row in failed + requeued]
 

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import re
+import struct
 import tempfile
 import time
 import zipfile
@@ -30,8 +31,8 @@ class BadDocument(Exception):
 
 
 class Storage(Protocol):
-    """A flat store of immutable objects. Keys are 1-64 of `A-Z a-z 0-9 -`, made by the server, never used twice.
-    Whatever goes wrong is an OSError. Safe to use from several threads and processes at once."""
+    """A flat store of immutable objects. A key has 1 to 64 letters, digits and hyphens; the server makes it and never
+    uses it twice. Whatever goes wrong is an OSError. Several threads and processes may use a storage at once."""
 
     parallel: int  # calls of `publish` at once: few for a disk, many where they wait for a network
 
@@ -67,7 +68,7 @@ class LocalStorage:
         make_folder(folder)
         for path in folder.glob("*.part"):
             with contextlib.suppress(FileNotFoundError):  # another process removed or published it
-                if abs(time.time() - path.stat().st_mtime) > 86400:  # an upload may take an hour
+                if abs(time.time() - path.stat().st_mtime) > 86400:  # a day: no upload takes more than an hour
                     path.unlink()
 
     def create(self, key: str) -> BinaryIO:
@@ -105,7 +106,7 @@ class LocalStorage:
 def make_folder(folder: Path) -> None:
     """Makes the folder, and those above it that are missing, for their owner alone; the names survive a power loss."""
     for each in reversed([folder, *folder.parents]):
-        if each == folder or not each.exists():  # a start that crashed may have made `folder` without syncing its name
+        if each == folder or not each.exists():  # `folder` again: a start may have crashed before it synced the name
             each.mkdir(mode=0o700, exist_ok=True)
             with contextlib.suppress(PermissionError):  # the parent may be entered but not listed
                 fsync_folder(each.parent)
@@ -124,8 +125,8 @@ def fsync_folder(folder: str | Path) -> None:
 
 
 class Incoming:
-    """One file on its way into the storage. Its start is checked when START_BYTES, or all, have come.
-    One method at a time. `feed` works in memory, so it fits an event loop; the others wait for the storage."""
+    """One file on its way into the storage. Its start is checked when START_BYTES, or all, have come. `feed` never
+    blocks; the other methods wait for the storage, so they are called in a thread. One call at a time."""
 
     def __init__(self, storage: Storage, key: str) -> None:
         self.key, self.size = key, 0
@@ -143,10 +144,11 @@ class Incoming:
             self._check_start()
 
     def _check_start(self) -> None:
-        is_good = b"%PDF-" in self.held[:START_BYTES] if self.media_type == PDF else self.held.startswith(b"PK\x03\x04")
+        start = bytes(self.held[:START_BYTES])
+        is_good = b"%PDF-" in start if self.media_type == PDF else start.startswith(b"PK\x03\x04")
         if not is_good:
             raise BadDocument("This Office file is encrypted (or of the old .doc format)."
-                              if self.held.startswith(OLE_MAGIC) else "The content is not what the extension says.")
+                              if start.startswith(OLE_MAGIC) else "The content is not what the extension says.")
 
     def flush(self) -> BinaryIO:
         """Writes what is held, and returns the file. Not to be called before START_BYTES, or all, have come."""
@@ -154,8 +156,9 @@ class Incoming:
             self._check_start()
             self._file = self._storage.create(self.key)
         self.sha256.update(self.held)
-        while self.held:  # unbuffered, so a write may take a part
-            del self.held[:self._file.write(self.held)]
+        while self.held:
+            written = self._file.write(self.held)  # perhaps a part, as the file is unbuffered
+            del self.held[:written]
         return self._file
 
     def finish(self) -> None:
@@ -183,7 +186,8 @@ MAX_CONTENT_TYPES, MAX_MAIN_PART = 2**18, 512 * 2**20  # bytes, unpacked
 
 
 class BoundedReads:
-    """A file for `zipfile`, which would read a directory of any size, and refuses one that is cut."""
+    """A file for zipfile, which would read a directory of any size, and refuses one of which it gets less. (Without a
+    size it reads only the last 64 KiB.)"""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.seek, self.tell, self.seekable = file, file.seek, file.tell, file.seekable
@@ -206,23 +210,20 @@ def open_docx(file: BinaryIO) -> Iterator[zipfile.ZipFile]:
         raise BadDocument("The content is not a readable DOCX (ZIP) file.") from error
 
 
-class AnyName(str):
-    """A name that differs from no other. Some writers spell the name in an entry's local header otherwise; zipfile,
-    which compares it with `orig_filename`, refuses such an entry, and Word opens it."""
-
-    def __ne__(self, other: object) -> bool:
-        return False
-
-
 def unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, most: int) -> Iterator[bytes]:
-    """The bytes of an entry, whose CRC is checked at the end. Raises BadDocument when there may be more than `most`:
-    zipfile gives at most as many as `file_size` says, and has no bound for other compressions."""
+    """The bytes of an entry, whose CRC is checked at the end. Raises BadDocument when there may be more than `most`.
+    (Of a stored or deflated entry zipfile gives at most `file_size` bytes; for other compressions it has no bound.)"""
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or entry.file_size > most:
         raise BadDocument("A part of the DOCX has another compression, or unpacks to more, than a DOCX needs.")
-    if not 0 <= entry.header_offset < archive.start_dir:  # the file system may refuse to seek there
+    if not 0 <= entry.header_offset < archive.start_dir:  # a seek to there may raise an OSError, as if the disk failed
         raise BadDocument("The ZIP archive has an entry outside of the file.")
-    entry.orig_filename = AnyName()
-    entry.flag_bits &= ~0x800  # the local name need not be UTF-8; newer versions of zipfile decode it by these flags
+    # Some writers spell the name in the entry's local header otherwise. Word opens that, so zipfile, which refuses it,
+    # is told that this is the entry's name. The flag 0x800 says that the name is UTF-8.
+    file = cast(BinaryIO, archive.fp)
+    file.seek(entry.header_offset)
+    flags, name_length = struct.unpack("<6xH18xH2x", file.read(30))
+    entry.flag_bits = entry.flag_bits & ~0x800 | flags & 0x800
+    entry.orig_filename = file.read(name_length).decode("utf-8" if flags & 0x800 else "cp437")
     with archive.open(entry) as content:
         while data := content.read(65536):
             yield data
