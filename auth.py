@@ -2,7 +2,6 @@
 
 This module knows neither HTTP nor SQL: whether a session still stands is the database's knowledge."""
 import base64
-import contextlib
 import functools
 import hashlib
 import hmac
@@ -20,7 +19,7 @@ ACCESS = "at+jwt"  # RFC 9068
 REFRESH = "rt+jwt"
 ISSUER = "document-lifecycle-api"
 
-SCRYPT = "scrypt$16384$8$5"  # n, r and p: the one of OWASP's settings that takes 16 MiB. Later ones may differ.
+SCRYPT = "scrypt$16384$8$5"  # n, r, p: OWASP's setting for 16 MiB. A hash carries its own, so this may be changed.
 
 COMPACT_JWS = re.compile(r"[\w-]{1,512}\.[\w-]{1,4096}\.[\w-]{1,512}", re.ASCII)
 
@@ -29,7 +28,7 @@ class InvalidToken(Exception):
     """The token is not one of ours, not of this kind, or has expired."""
 
 
-# A str with a limit has no lone surrogate, which would fit no database.
+# A str with a maximal length may hold no lone surrogates, which SQLite can't store.
 @dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, str_max_length=64))
 class Claims:
     """The claims of a token, all required; times in seconds since the epoch. Raises ValueError for others."""
@@ -51,8 +50,8 @@ class TokenSigner:
         if len(secret) < 32:
             raise ValueError("the signing key needs at least 32 bytes")
         self._secret = secret
-        # PyJWT checks signature, issuer and audience here. `exp` is checked at each use, since what is verified is
-        # cached; `iat` and `nbf` in the future are no reason to refuse (the clock may have been set back).
+        # PyJWT checks signature, issuer and audience. `exp` is checked by `verify` at each use, since the outcome of
+        # the other checks is cached. `iat` and `nbf` may be in the future: the clock may have been set back.
         self._jwt = jwt.PyJWT({"strict_aud": True, "verify_exp": False, "verify_iat": False, "verify_nbf": False})
         self._verified = functools.lru_cache(maxsize=1024)(self._verify)  # a good signature stays good
 
@@ -72,7 +71,7 @@ class TokenSigner:
         return hmac.digest(self._secret, b"name:" + name.encode(errors="surrogatepass"), "sha256").hex()
 
     def _verify(self, kind: str, token: str) -> Claims:
-        if not COMPACT_JWS.fullmatch(token):  # PyJWT takes variants of it: they would fill the cache
+        if not COMPACT_JWS.fullmatch(token):  # PyJWT takes a token in endless variants, which would fill the cache
             raise InvalidToken("not a compact JWS")
         try:
             decoded = self._jwt.decode_complete(token, self._secret, ["HS256"], audience=ISSUER, issuer=ISSUER)
@@ -91,7 +90,7 @@ def hash_password(password: str) -> str:
 
 def verify_password(password: str, password_hash: str | None) -> bool:
     """Whether the password has this hash. None, for an unknown user, costs the same and is False."""
-    expected = password_hash or f"{SCRYPT}${'A' * 22}=="  # without a key, it is no password's hash
+    expected = password_hash or f"{SCRYPT}${'A' * 22}=="  # settings and salt alone are no password's hash
     return hmac.compare_digest(crypt(password, expected), expected)
 
 
@@ -106,7 +105,8 @@ def crypt(password: str, settings: str) -> str:
 
 def throttle_key(host: str) -> str:
     """For whom failed logins count: the IPv4 address, or the /64 of an IPv6 address, which is what a subscriber has."""
-    with contextlib.suppress(ValueError):  # it is no IPv6 address
+    try:
         address = ipaddress.IPv6Address(host)
-        return str(address.ipv4_mapped or ipaddress.IPv6Network((int(address), 64), strict=False))
-    return host
+    except ValueError:
+        return host
+    return str(address.ipv4_mapped or ipaddress.IPv6Network((int(address), 64), strict=False))
