@@ -28,7 +28,7 @@ class InvalidToken(Exception):
     """The token is not one of ours, not of this kind, or has expired."""
 
 
-# A str with a maximal length may hold no lone surrogates, which SQLite can't store.
+# str_max_length also makes pydantic refuse lone surrogates, which SQLite can't store.
 @dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, str_max_length=64))
 class Claims:
     """The claims of a token, all required; times in seconds since the epoch. Raises ValueError for others."""
@@ -90,7 +90,7 @@ def hash_password(password: str) -> str:
 
 def verify_password(password: str, password_hash: str | None) -> bool:
     """Whether the password has this hash. None, for an unknown user, costs the same and is False."""
-    expected = password_hash or f"{SCRYPT}${'A' * 22}=="  # settings and salt alone are no password's hash
+    expected = password_hash or f"{SCRYPT}${'A' * 22}=="  # it has no key at its end, so it equals no hash
     return hmac.compare_digest(crypt(password, expected), expected)
 
 

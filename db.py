@@ -1,8 +1,8 @@
 """Every line of SQL: users and sessions, the life of a document, and the queue, which is the documents table itself.
 
 One thread writes, the committer. It puts all writes that wait into one transaction (group commit), so that they share
-one fsync. Methods marked with `write` return a Write: a coroutine awaits it, a thread takes its `result()`. The other
-methods read, over a second connection, which never waits for writers (WAL)."""
+one fsync. Methods marked with `write` return a Write: a coroutine awaits it, a thread takes its `result()`. Other
+queries read over a second connection, which never waits for writers (WAL)."""
 import asyncio
 import contextlib
 import fcntl
@@ -58,7 +58,7 @@ CREATE UNIQUE INDEX documents_by_key ON documents (owner_id, idempotency_key) WH
 CREATE INDEX documents_newest ON documents (owner_id, created_at, document_id);
 CREATE INDEX documents_by_status ON documents (owner_id, status, created_at, document_id);
 CREATE INDEX documents_waiting ON documents (owner_id, queued_at) WHERE status = 'PROCESSING' AND run_id IS NULL;
-CREATE INDEX documents_running ON documents (owner_id, beat_at) WHERE status = 'PROCESSING' AND run_id IS NOT NULL;
+CREATE INDEX documents_running ON documents (beat_at) WHERE status = 'PROCESSING' AND run_id IS NOT NULL;
 CREATE TABLE results (document_id TEXT PRIMARY KEY REFERENCES documents ON DELETE CASCADE, result TEXT NOT NULL) STRICT;
 CREATE TABLE deleted_files (document_id TEXT PRIMARY KEY) STRICT;  -- to be removed from the storage
 CREATE TRIGGER document_deleted AFTER DELETE ON documents BEGIN
@@ -131,7 +131,7 @@ def utc_now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="microseconds")[:26] + "Z"
 
 
-def first(make: Callable[..., T], rows: sqlite3.Cursor) -> T | None:
+def first_row(make: Callable[..., T], rows: sqlite3.Cursor) -> T | None:
     """`make(*row)` of the first row; None when there is no row."""
     row = rows.fetchone()
     return make(*row) if row else None
@@ -143,6 +143,7 @@ class Write(Future[T]):
     def __init__(self, operation: Callable[[], T]) -> None:
         super().__init__()
         self.operation = operation
+        self.outcome: Any = None  # of the operation, before it is on disk
         self.ended = asyncio.Event()
 
     def __await__(self) -> Generator[Any, None, T]:
@@ -225,9 +226,8 @@ class Database:
     # The committer
 
     def _commit_forever(self) -> None:
-        """Commits one batch of writes after the other. Clients that were answered together tend to write together
-        again. So each batch waits, up to 20 ms, for about as many writes as the batch before it had: one less, as one
-        may have been a write of the service itself, like a sign of life."""
+        """Commits one batch of writes after the other. Each waits up to 20 ms to become about as large as the last one,
+        since clients that were answered together write together again. (One less: a lease may have been renewed.)"""
         batch: list[Write[Any]] = []
         while True:
             expected = len(batch) - 1
@@ -250,14 +250,13 @@ class Database:
     def _commit(self, batch: list[Write[Any]]) -> None:
         """Makes the files durable, then the rows, all in one transaction. When the COMMIT itself fails, the rows may be
         stored or not: InDoubt. (Only if the disk was full, they are certainly not stored.)"""
-        outcomes: dict[Write[Any], Any] = {}  # of the writes that did not fail
         committing = False
         try:
-            self._sync()  # never retried: a second fsync may succeed though the first lost a file's name
+            self._sync()  # never retried: after a failed fsync, a second one may succeed though a name is lost
             with self.lock(), self._writer:  # which commits at the end of the block, or rolls back after an exception
                 self._writer.execute("BEGIN IMMEDIATE")
                 for pending in batch:
-                    self._apply(pending, outcomes)
+                    self._apply(pending)
                 committing = True  # what fails from here on is the COMMIT
         except BaseException as error:
             in_doubt = committing and getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL
@@ -265,14 +264,15 @@ class Database:
                 if not pending.done():
                     pending.set_exception(InDoubt(str(error)) if in_doubt else error)
         else:
-            for pending, outcome in outcomes.items():
-                pending.set_result(outcome)
+            for pending in batch:
+                if not pending.done():
+                    pending.set_result(pending.outcome)
 
-    def _apply(self, pending: Write[Any], outcomes: dict[Write[Any], Any]) -> None:
+    def _apply(self, pending: Write[Any]) -> None:
         """Runs the operation of one write. If it fails, it is undone alone, and the others of its batch go on."""
         self._writer.execute("SAVEPOINT operation")
         try:
-            outcomes[pending] = pending.operation()
+            pending.outcome = pending.operation()
         except BaseException as error:
             if not self._writer.in_transaction:  # SQLite has rolled back the whole batch, as when the disk is full
                 raise
@@ -288,12 +288,12 @@ class Database:
     # Users and sessions
 
     def user(self, username: str) -> User | None:
-        return first(User, self._reader.execute(
+        return first_row(User, self._reader.execute(
             "SELECT user_id, username, password_hash FROM users WHERE username = ?", (username,)))
 
     def session_user(self, session_id: str, user_id: str) -> User | None:
         """None unless that user has this session and it has not ended."""
-        return first(User, self._reader.execute(
+        return first_row(User, self._reader.execute(
             "SELECT user_id, username, password_hash FROM sessions JOIN users USING (user_id)"
             " WHERE session_id = ? AND user_id = ? AND expires_at > ?", (session_id, user_id, time.time())))
 
@@ -355,15 +355,14 @@ class Database:
 
     @write
     def rotate(self, session_id: str, user_id: str, used_jti: str) -> Session | None:
-        """Exchanges a refresh token. If it is the current one, the UPDATE replaces it and keeps it as the previous one.
-        The SELECT gives the session if the token is the previous one, by this use or by another within REFRESH_GRACE.
-        None: the token is not good any more."""
+        """Exchanges a refresh token. If it is the current one, the UPDATE makes it the previous one. The SELECT accepts
+        the previous one alone, exchanged less than REFRESH_GRACE ago: just now, or by an earlier use. Else None."""
         now = time.time()
         self._writer.execute(
             "UPDATE sessions SET previous_jti = refresh_jti, refresh_jti = ?, rotated_at = ?"
             " WHERE session_id = ? AND user_id = ? AND refresh_jti = ?",
             (str(uuid.uuid4()), now, session_id, user_id, used_jti))
-        return first(Session, self._writer.execute(
+        return first_row(Session, self._writer.execute(
             "SELECT session_id, user_id, username, expires_at, refresh_jti, rotated_at"
             " FROM sessions JOIN users USING (user_id) WHERE session_id = ? AND user_id = ?"
             " AND previous_jti = ? AND abs(? - rotated_at) < ?",
@@ -372,7 +371,7 @@ class Database:
     @write
     def end_session(self, session_id: str, user_id: str) -> str | None:
         """The name of the user whose session has ended now; None when there was no such session."""
-        return first(str, self._writer.execute(
+        return first_row(str, self._writer.execute(
             "DELETE FROM sessions WHERE session_id = ? AND user_id = ? RETURNING"
             " (SELECT username FROM users WHERE users.user_id = sessions.user_id)", (session_id, user_id)))
 
@@ -391,14 +390,14 @@ class Database:
         return new
 
     def _find(self, connection: sqlite3.Connection, where: str, *values: Any) -> Document | None:
-        return first(Document, connection.execute(f"SELECT {COLUMNS} FROM documents WHERE {where}", values))
+        return first_row(Document, connection.execute(f"SELECT {COLUMNS} FROM documents WHERE {where}", values))
 
     def document(self, document_id: str, owner_id: str) -> Document | None:
         return self._find(self._reader, "document_id = ? AND owner_id = ?", document_id, owner_id)
 
-    def documents(self, owner_id: str, limit: int, status: Status | None, before: Sequence[str]) -> list[Document]:
-        """A page, newest first, of the documents before `before`, a created_at and a document_id: an index seek."""
-        where, values = "owner_id = ? AND (created_at, document_id) < (?, ?)", [owner_id, *before]
+    def documents(self, owner_id: str, limit: int, status: Status | None, position: Sequence[str]) -> list[Document]:
+        """A page, newest first, of what sorts below `position`, a created_at and a document_id: an index seek."""
+        where, values = "owner_id = ? AND (created_at, document_id) < (?, ?)", [owner_id, *position]
         if status:
             where += " AND status = ?"
             values.append(status)
@@ -436,7 +435,7 @@ class Database:
 
     def result(self, document_id: str) -> str | None:
         """The document's state and what the pipeline returned, as a JSON object; None unless it is COMPLETED."""
-        return first(str, self._reader.execute(
+        return first_row(str, self._reader.execute(
             "SELECT json_object('document_id', document_id, 'status', status, 'completed_at', finished_at,"
             " 'result', json(result)) FROM results JOIN documents USING (document_id) WHERE document_id = ?",
             (document_id,)))
@@ -448,7 +447,7 @@ class Database:
         """Lets an UPLOADED or FAILED document wait for a run. Returns the document, which is unchanged when `max_queue`
         documents of the owner wait already; None when there is no such document."""
         now = utc_now()
-        queued = first(Document, self._writer.execute(
+        queued = first_row(Document, self._writer.execute(
             "UPDATE documents SET status = 'PROCESSING', request_id = ?, queued_at = ?, updated_at = ?,"
             " attempts = 0, progress = 0, message = 'waiting for a worker', started_at = NULL, finished_at = NULL,"
             " error = NULL WHERE document_id = ? AND owner_id = ? AND status IN ('UPLOADED', 'FAILED')"
@@ -461,7 +460,7 @@ class Database:
         """Gives a waiting document to this new run: the oldest one of the owner whose last claim is the longest ago.
         None when nothing waits. (CROSS JOIN keeps SQLite to this order of tables: so the indexes do the sorting.)"""
         now = utc_now()
-        claimed = first(Document, self._writer.execute(
+        claimed = first_row(Document, self._writer.execute(
             "UPDATE documents SET run_id = ?, beat_at = ?, attempts = attempts + 1, progress = 0, message = 'started',"
             " started_at = ?, updated_at = ? WHERE document_id = (SELECT document_id FROM users CROSS JOIN documents"
             f" ON owner_id = user_id WHERE {WAITING} ORDER BY last_claim, users.rowid, queued_at LIMIT 1)"
@@ -501,9 +500,9 @@ class Database:
 
     @write
     def renew_and_take_over(self, run_ids: Sequence[str], lease: float, max_attempts: int) -> list[Document]:
-        """Renews the leases of these runs. Ends runs whose last sign of life is more than a lease ago, or ahead (the
-        clock was set back), and returns their documents: they wait again or, after the last attempt, are FAILED."""
-        lost = f"{RUNNING} AND beat_at NOT BETWEEN :now - :lease AND :now + :lease"
+        """Renews the leases of these runs. Ends runs whose last sign of life is more than a lease ago, or in the future
+        (the clock was set back). Returns their documents: they wait again or, after the last attempt, are FAILED."""
+        expired = f"{RUNNING} AND beat_at NOT BETWEEN :now - :lease AND :now + :lease"
         values = {"now": time.time(), "stamp": utc_now(), "lease": lease, "max_attempts": max_attempts,
                   "run_ids": json.dumps(run_ids), "message": INTERRUPTED["message"], "error": json.dumps(INTERRUPTED)}
         self._writer.execute(
@@ -511,11 +510,11 @@ class Database:
             " AND run_id IN (SELECT value FROM json_each(:run_ids))", values)
         failed = self._writer.execute(
             "UPDATE documents SET status = 'FAILED', run_id = NULL, message = :message, error = :error,"
-            f" finished_at = :stamp, updated_at = :stamp WHERE {lost} AND attempts >= :max_attempts"
+            f" finished_at = :stamp, updated_at = :stamp WHERE {expired} AND attempts >= :max_attempts"
             f" RETURNING {COLUMNS}", values).fetchall()
         requeued = self._writer.execute(
             "UPDATE documents SET run_id = NULL, progress = 0, started_at = NULL, message = 'waiting for a worker',"
-            f" updated_at = :stamp WHERE {lost} AND attempts < :max_attempts RETURNING {COLUMNS}", values).fetchall()
+            f" updated_at = :stamp WHERE {expired} AND attempts < :max_attempts RETURNING {COLUMNS}", values).fetchall()
         # After a clock was set back, stamps of the future would let their documents wait behind all others.
         self._writer.execute(f"UPDATE documents SET queued_at = :stamp WHERE {WAITING} AND queued_at > :stamp", values)
         return [Document(*row) for row in failed + requeued]

@@ -76,7 +76,7 @@ Model = TypeVar("Model", bound=BaseModel)
 class Settings(BaseModel, frozen=True, populate_by_name=True, alias_generator=lambda name: f"DOCS_{name.upper()}"):
     """Each is read from the environment variable DOCS_ and its name in capitals."""
 
-    # Empty becomes None, which is refused: Path("") is the current folder. Absolute, as a pipeline may change folder.
+    # Empty becomes None, which is refused: Path("") is the current folder. Absolute, in case a pipeline calls chdir.
     data_dir: Annotated[Path, BeforeValidator(lambda path: os.path.expanduser(path) or None),
                         AfterValidator(Path.absolute)] = Field(Path("data"), validate_default=True)
     jwt_secret: bytes | None = Field(None, min_length=32, repr=False)
@@ -119,7 +119,7 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, Any] = {
             "timestamp": utc_now(), "level": record.levelname, "logger": record.name,
-            "event": record.getMessage().strip().rpartition("\n")[2]}  # the last line of a traceback tells why
+            "event": record.getMessage().strip().rpartition("\n")[2]}  # the last line of a traceback
         if request_id := request_id_of_context.get():
             entry["request_id"] = request_id
         entry |= getattr(record, "fields", {})
@@ -137,7 +137,7 @@ LOGGING = {  # for logging.config.dictConfig
     "formatters": {"json": {"()": JsonFormatter}},
     "handlers": {"stdout": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout", "formatter": "json"}},
     "root": {"handlers": ["stdout"], "level": "INFO"},
-    # uvicorn's loggers lose their own handlers. The `request` event says more than its access log, and has no query.
+    # uvicorn's loggers lose their handlers, as none are named. Its access log says less than `request`, but the query.
     "loggers": {"uvicorn": {"propagate": True}, "uvicorn.access": {"propagate": False}}}
 
 
@@ -280,23 +280,21 @@ async def problem_of(request: Request, failure: BaseException) -> Problem:
             return Problem("unsupported_media_type", str(failure))
         case FormParserError():
             return Problem("malformed_body")
-        case auth.InvalidToken():
-            return Problem("invalid_token")
-        case sqlite3.IntegrityError(sqlite_errorcode=sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY):
-            return Problem("invalid_token")  # the user was removed during the upload
+        case auth.InvalidToken() | sqlite3.IntegrityError(sqlite_errorcode=sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY):
+            return Problem("invalid_token")  # the foreign key fails when the user was removed during the upload
         case HTTPException(status_code=405):
             methods = {method for route in request.app.routes if route.matches(request.scope)[0] == Match.PARTIAL
                        for method in route.methods}
-            allowed = ", ".join(sorted(methods)).replace("GET", "GET, HEAD")
-            return Problem("method_not_allowed", headers={"Allow": allowed})
+            allowed = methods | {"HEAD"} if "GET" in methods else methods
+            return Problem("method_not_allowed", headers={"Allow": ", ".join(sorted(allowed))})
         case HTTPException(status_code=404):
             return Problem("not_found")
         case OSError() | sqlite3.Error():
             log_event("storage_error", logging.ERROR, failure=failure)
-            no_space = request.method not in ("GET", "HEAD") and (  # `/readyz` answers 503 whatever is wrong
-                getattr(failure, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-                or getattr(failure, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL)
-            return Problem("insufficient_storage" if no_space else "unavailable")
+            no_space = (getattr(failure, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+                        or getattr(failure, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL)
+            is_readyz = request.method in ("GET", "HEAD")  # which answers 503 whatever is wrong
+            return Problem("insufficient_storage" if no_space and not is_readyz else "unavailable")
         case asyncio.CancelledError():  # by uvicorn, when the grace of a shutdown is over
             return Problem("unavailable")
         case _:
@@ -306,6 +304,7 @@ async def problem_of(request: Request, failure: BaseException) -> Problem:
 
 # The request middleware
 
+SMALL_BODY = 65536  # bytes: a login, what surrounds the file in a multipart body, a rest that is read before the answer
 DRAIN_SECONDS, DRAIN_BYTES = 30.0, 2**28
 
 
@@ -328,7 +327,7 @@ class RequestMiddleware:
         request.state.is_head = request.method == "HEAD"
         inner_scope = {**scope, "method": "GET"} if request.state.is_head else scope  # uvicorn leaves out the body
         try:
-            if exchange.request_body_unread and request.headers.get("content-encoding", "identity") != "identity":
+            if exchange.must_drain and request.headers.get("content-encoding", "identity") != "identity":
                 raise Problem("unsupported_media_type", "Send the body without a Content-Encoding.")
             await self.app(inner_scope, exchange.receive, exchange.send)
         except (Exception, asyncio.CancelledError) as failure:
@@ -336,7 +335,7 @@ class RequestMiddleware:
             if exchange.status:  # the answer has begun; uvicorn cuts it off
                 raise
             if isinstance(failure, asyncio.CancelledError):
-                exchange.request_body_unread = False  # the grace is over: no time is left to read the rest
+                exchange.must_drain = False  # the grace is over
             await problem(scope, exchange.receive, exchange.send)
         finally:
             # A strange path or method may hold a secret, as in `http://user:password@host/` or with a `?` sent as %3F.
@@ -350,34 +349,34 @@ class RequestMiddleware:
 class Exchange:
     """One request and its answer: `receive` and `send` for the app.
 
-    An answer is lost if the connection is closed while the client still sends (RFC 9112, 9.6). So the rest of a body is
-    read and thrown away. A small rest is read before the answer, and the connection stays open. Else the answer, which
-    says `Connection: close`, ends after the rest has been read, within bounds, as its end closes the connection."""
+    A client that still sends while the connection is closed may lose the answer (RFC 9112, 9.6). So the rest of a body
+    is read and thrown away. A small rest is read before the answer, and the connection stays open. A larger one is read
+    after the answer, which says `Connection: close`, but before its end, where uvicorn closes the connection."""
 
     def __init__(self, request: Request, receive: Receive, send: Send) -> None:
         self._receive, self._send, headers = receive, send, request.headers
         self.status = 0  # of the answer, once that has begun
-        self.request_body_unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+        # True until the end of the request's body has come.
+        self.must_drain = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
         self._expects_100 = "expect" in headers
 
     async def receive(self) -> Message:
         message = await self._receive()
-        self.request_body_unread = message.get("more_body", False)
+        self.must_drain = message.get("more_body", False)
         return message
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            # A client that waits for `100 Continue` has sent nothing yet (RFC 9110, 10.1.1).
-            if self.request_body_unread and not self._expects_100:
+            if self.must_drain and not self._expects_100:  # else the client waits, and sends nothing (RFC 9110, 10.1.1)
                 await self._drain(0.1, SMALL_BODY)
             self.status = message["status"]
             headers = MutableHeaders(raw=message["headers"])
             headers.setdefault("Cache-Control", "no-store")
-            if self.request_body_unread:
+            if self.must_drain:
                 headers["Connection"] = "close"
             headers.raw.extend([(b"x-request-id", request_id_of_context.get().encode()),
                                 (b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY")])
-        elif self.request_body_unread and not message.get("more_body", False):
+        elif self.must_drain and not message.get("more_body", False):
             await self._send({**message, "more_body": True})  # the last bytes of the answer, but not its end
             await self._drain(DRAIN_SECONDS, DRAIN_BYTES)
             message = {"type": "http.response.body"}
@@ -387,7 +386,7 @@ class Exchange:
         drained = 0
         with contextlib.suppress(TimeoutError, asyncio.CancelledError):  # uvicorn cancels when the grace is over
             async with asyncio.timeout(seconds):
-                while self.request_body_unread and drained < most:
+                while self.must_drain and drained < most:
                     drained += len((await self.receive()).get("body", b""))
 
 
@@ -475,22 +474,21 @@ def own_document(request: Request, user: User, document_id: uuid.UUID) -> Docume
 
 # Bodies and uploads
 
-SMALL_BODY = 65536  # bytes: also what a multipart body may have around its file
 UPLOAD_SECONDS = 3600.0
-# Bytes in memory: an upload that holds more than HELD_BY_ONE, or more than its share of HELD_BY_ALL, writes them.
+# Bytes in memory: an upload that holds more than HELD_BY_ONE, or than an equal share of HELD_BY_ALL, writes them.
 HELD_BY_ONE, HELD_BY_ALL = 2 * 2**20, 24 * 2**20
 
 
 async def body_chunks(request: Request, limit: int, seconds: float = 0) -> AsyncIterator[bytes]:
-    """The body as it comes. 408 after the idle time without a piece, or after `seconds`, if they are more, in all."""
+    """The body as it comes. Raises `upload_timeout` after the idle time without a piece, or when the whole takes longer
+    than `seconds` (at least the idle time)."""
     if int(request.headers.get("content-length", 0)) > limit:
         raise Problem("too_large")
     idle_seconds = service_of(request).settings.upload_idle_seconds
-    end = time.monotonic() + max(seconds, idle_seconds)
-    size, more = 0, True
+    deadline, size, more = time.monotonic() + max(seconds, idle_seconds), 0, True
     while more:
         try:
-            async with asyncio.timeout(min(idle_seconds, end - time.monotonic())):
+            async with asyncio.timeout(min(idle_seconds, deadline - time.monotonic())):
                 message = await request.receive()
         except TimeoutError:
             raise Problem("upload_timeout") from None
@@ -500,7 +498,7 @@ async def body_chunks(request: Request, limit: int, seconds: float = 0) -> Async
         size += len(message.get("body", b""))
         if size > limit:
             raise Problem("too_large")
-        yield message.pop("body", b"")  # a thousand uploads that wait for their next chunk should not hold their last
+        yield message.pop("body", b"")  # pop, so that an idle upload does not keep its last chunk in memory
 
 
 async def read_fields(request: Request, model: type[Model]) -> Model:
@@ -534,15 +532,15 @@ class MultipartFile(MultipartParser):
             "on_header_value": lambda data, start, end: self._headers[bytes(self._header_name)].extend(data[start:end]),
             "on_headers_finished": self._on_headers_finished},
             max_header_count=SMALL_BODY, max_header_size=SMALL_BODY)
-        # A preamble is allowed (RFC 2046, 5.1.1), but the parser refuses it. So the parser starts as if inside of a
-        # part, whose data is dropped. The line break belongs to the first boundary, which would end that part.
+        # A preamble is allowed (RFC 2046, 5.1.1), but the parser refuses it. So it is parsed like the data of a part,
+        # which is dropped. A boundary that ends a part begins with a line break; the first one may lack it.
         self.state = MultipartState.PART_DATA
         self.write(b"\r\n")
 
     def _on_headers_finished(self) -> None:
         self.set_callback("part_data", None)  # what parts other than the file hold is dropped
         disposition = bytes(self._headers[b"content-disposition"])
-        # python-multipart drops `filename*`, as RFC 7578 wants it, but older .NET and Python clients send it.
+        # python-multipart drops `filename*` (RFC 7578), but older .NET and Python clients send it: renamed, it is kept.
         _, options = parse_options_header(re.sub(rb"(?i);\s*filename\*\s*=", b"; filename_=", disposition))
         if options.get(b"name") != b"file":
             return
@@ -587,10 +585,10 @@ async def receive_file(request: Request, incoming: Incoming) -> None:
     async for chunk in body_chunks(request, max_size + SMALL_BODY, UPLOAD_SECONDS):
         form.write(chunk)
         body_size += len(chunk)
-        del chunk  # see body_chunks
+        del chunk  # so that it isn't kept while the next one is waited for
         if incoming.size > max_size or body_size - incoming.size > SMALL_BODY:
             raise Problem("too_large")
-        if len(incoming.held) > START_BYTES + min(HELD_BY_ONE, HELD_BY_ALL // service.open_uploads):
+        if len(incoming.held) >= max(START_BYTES, min(HELD_BY_ONE, HELD_BY_ALL // service.open_uploads)):
             await run_in_threadpool(incoming.flush)
     if form.state != MultipartState.END:
         raise FormParserError
@@ -622,18 +620,18 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
 class Workers:
     """Runs queued documents. The queue is in the database, so any server process may run what another was asked to. A
     run is one claim and one call of the pipeline, in a thread. What the pipeline raises makes the document FAILED. When
-    storage or database fails instead, nothing is recorded: the lease runs out, and the document gets another run."""
+    the file can't be opened, or the database fails, nothing is recorded: the document gets another run later."""
 
     def __init__(self, service: Service, pipeline: Pipeline) -> None:
         self._db, self._storage, self._settings = service.db, service.storage, service.settings
         self._pipeline = pipeline
         self._pool = ThreadPoolExecutor(self._settings.process_workers, "worker")
         self._run_ids: set[str] = set()  # of the runs that go on here
-        self.stopping = False
-        self._grace_end = float("inf")  # by time.monotonic(); set when stopping
+        self.stopping, self._grace_end = False, float("inf")  # by time.monotonic()
 
     async def work(self) -> None:
-        """Runs waiting documents, one after the other, until none waits. `process_workers` tasks repeat this."""
+        """Runs waiting documents, one after the other, until none waits. `process_workers` asyncio tasks repeat this,
+        and each lends its runs to a thread."""
         while self._db.is_waiting() and not self.stopping:
             run_id = uuid.uuid4().hex
             self._run_ids.add(run_id)
@@ -653,7 +651,7 @@ class Workers:
             log_run(event, document, error="interrupted")
 
     def stop(self) -> None:
-        """No run begins any more. Others have the grace; what is unfinished then is taken over after its lease."""
+        """Claims no more documents. Runs have the grace; what is unfinished then is taken over after its lease."""
         self.stopping = True
         self._grace_end = min(self._grace_end, time.monotonic() + self._settings.shutdown_seconds)
 
@@ -712,7 +710,6 @@ sessions = APIRouter(prefix="/auth", tags=["auth"], responses=ERRORS)
 health = APIRouter(tags=["health"], responses=ERRORS)
 IDEMPOTENCY_KEY = "[!-~]{1,128}"
 CURSOR = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z_[0-9a-f-]{36}$"  # created_at and id of the last document of a page
-LOGINS_AT_ONCE = 10  # of one throttle key
 
 
 async def upload(request: Request) -> Response:
@@ -811,8 +808,8 @@ async def list_documents(
         status: Status = Query(None),  # with None in the type, OpenAPI would say that null can be sent
         cursor: str = Query(None, pattern=CURSOR, description="of the Link header")) -> list[Document]:
     """Newest first. The header `Link: <...>; rel="next"` leads to the next page (RFC 8288)."""
-    before = cursor.split("_") if cursor else ("~", "")  # "~" sorts after every time stamp
-    found = service_of(request).db.documents(user.user_id, limit + 1, status, before)
+    position = cursor.split("_") if cursor else ("~", "")  # "~" sorts after every time stamp
+    found = service_of(request).db.documents(user.user_id, limit + 1, status, position)
     if len(found) > limit:
         last = found[limit - 1]
         query = f"limit={limit}&cursor={last.created_at}_{last.document_id}" + (f"&status={status}" if status else "")
@@ -854,42 +851,46 @@ async def delete(document_id: uuid.UUID, request: Request, user: CurrentUser) ->
 
 
 def form_or_json(model: type[BaseModel]) -> dict[str, Any]:
-    return {  # without a parameter, openapi-python-client would leave an import out of the client that it makes
+    return {  # openapi-python-client makes a broken client for a route with a body and without parameters
         "parameters": [{"name": "X-Request-ID", "in": "header", "required": False, "schema": {"type": "string"}}],
         "requestBody": {"required": True, "content": dict.fromkeys(
             ("application/x-www-form-urlencoded", "application/json"), {"schema": model.model_json_schema()})}}
 
 
 def tokens_of(service: Service, session: Session) -> Tokens:
-    """A new access token, and the refresh token. That is made of nothing but the session's row, so its text is the same
-    each time: this is how repeated refreshes within REFRESH_GRACE get the same successor."""
-    claims = partial(auth.Claims, sub=session.user_id, sid=session.session_id)
+    """A new access token, and the session's refresh token. The latter is made only of the session's row: that is why
+    repeated refreshes within REFRESH_GRACE get the same successor."""
+    new_claims = partial(auth.Claims, sub=session.user_id, sid=session.session_id)
     now, issued, end = time.time(), session.rotated_at, session.expires_at
-    access = claims(jti=str(uuid.uuid4()), iat=now, exp=min(now + service.settings.access_token_seconds, end))
-    renewal = claims(jti=session.refresh_jti, iat=issued, exp=min(issued + service.settings.refresh_token_seconds, end))
+    access = new_claims(jti=str(uuid.uuid4()), iat=now, exp=min(now + service.settings.access_token_seconds, end))
+    exp = min(issued + service.settings.refresh_token_seconds, end)
+    renewal = new_claims(jti=session.refresh_jti, iat=issued, exp=exp)
     return Tokens(
         access_token=service.signer.issue(auth.ACCESS, access), expires_in=round(access.exp - now),
         refresh_token=service.signer.issue(auth.REFRESH, renewal), refresh_expires_in=round(renewal.exp - now))
 
 
+LOGINS_AT_ONCE = 10  # of one throttle key
+
+
 @sessions.post("/login", summary="Log in with user name and password", openapi_extra=form_or_json(Credentials))
 async def login(request: Request) -> Tokens:
     """Gives an access and a refresh token (OAuth 2 password grant). Errors: `invalid_grant`, `too_many_attempts`."""
-    sent = await read_fields(request, Credentials)
+    credentials = await read_fields(request, Credentials)
     service, client = service_of(request), request.state.client
-    throttle_key, name_hash = auth.throttle_key(client), service.signer.name_hash(sent.username)
+    throttle_key, name_hash = auth.throttle_key(client), service.signer.name_hash(credentials.username)
     if service.logins_under_way.count(throttle_key) >= LOGINS_AT_ONCE:
         raise Problem("too_many_attempts")
-    user = service.db.user(sent.username)
+    user = service.db.user(credentials.username)
     name = user.username if user else None  # an unknown one may be a password in the wrong field: it is not logged
     service.logins_under_way.append(throttle_key)
     try:
         async with service.password_checks:
-            if await request.is_disconnected():  # nobody waits for what scrypt would say
+            if await request.is_disconnected():  # the client is gone: no scrypt for it
                 raise Problem("upload_timeout")
             service.db.check_throttle(name_hash, throttle_key)
             right = await asyncio.to_thread(  # not in `run_in_threadpool`, whose threads may all wait for the storage
-                auth.verify_password, sent.password, user.password_hash if user else None)
+                auth.verify_password, credentials.password, user.password_hash if user else None)
             session = await service.db.record_login(user if right else None, name_hash, throttle_key)
     except Throttled as throttled:
         log_event("login_throttled", logging.WARNING, user=name, client=client)
@@ -907,16 +908,16 @@ async def login(request: Request) -> Tokens:
 @sessions.post("/refresh", summary="Exchange a refresh token for new tokens", openapi_extra=form_or_json(RefreshToken))
 async def refresh(request: Request) -> Tokens:
     """Replaces the refresh token. The old token gives the same successor for 10 seconds more, unless the successor was
-    used. Any later use, until it expires, ends the session (RFC 9700, 4.14.2). Error: `invalid_grant`."""
-    sent = await read_fields(request, RefreshToken)
+    claims. Any later use, until it expires, ends the session (RFC 9700, 4.14.2). Error: `invalid_grant`."""
+    body = await read_fields(request, RefreshToken)
     service = service_of(request)
     try:
-        used = service.signer.verify(auth.REFRESH, sent.refresh_token)
+        claims = service.signer.verify(auth.REFRESH, body.refresh_token)
     except auth.InvalidToken:
         raise Problem("invalid_grant") from None
-    session = await service.db.rotate(used.sid, used.sub, used.jti)
-    if session is None:  # it has ended; or the token was used before, and somebody else may have its successor
-        if username := await service.db.end_session(used.sid, used.sub):
+    session = await service.db.rotate(claims.sid, claims.sub, claims.jti)
+    if session is None:  # the session has ended; or this is an old token, which may be stolen, so it ends now
+        if username := await service.db.end_session(claims.sid, claims.sub):
             log_event("token_reused", logging.WARNING, user=username, client=request.state.client)
         raise Problem("invalid_grant")
     request.state.username = session.username
@@ -927,10 +928,10 @@ async def refresh(request: Request) -> Tokens:
                openapi_extra=form_or_json(RefreshToken))
 async def logout(request: Request) -> None:
     """Ends the session: its access and refresh tokens stop working at once."""
-    sent = await read_fields(request, RefreshToken)
+    body = await read_fields(request, RefreshToken)
     service = service_of(request)
     with contextlib.suppress(auth.InvalidToken):  # 204 all the same (RFC 7009, 2.2)
-        claims = service.signer.verify(auth.REFRESH, sent.refresh_token, allow_expired=True)
+        claims = service.signer.verify(auth.REFRESH, body.refresh_token, allow_expired=True)
         if username := await service.db.end_session(claims.sid, claims.sub):
             log_event("logged_out", user=username, client=request.state.client)
 
@@ -1014,8 +1015,8 @@ async def repeat(action: Callable[[], Awaitable[None]], seconds: float) -> None:
 
 
 async def follow_uvicorn(service: Service) -> None:
-    """Gives uvicorn's server the grace, and its listening sockets the options that connections inherit. Then waits for
-    SIGTERM, and stops the workers and so the long polls. (The lifespan is told only when all requests have ended.)"""
+    """Gives uvicorn's server the grace, and its listening sockets options that connections inherit. At SIGTERM it stops
+    the workers, and so the long polls, while the lifespan goes on only when all requests have ended."""
     server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)  # uvicorn's handler is a method of its server
     if not isinstance(server, uvicorn.Server):
         return  # other servers have settings of their own for the grace

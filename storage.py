@@ -106,7 +106,7 @@ class LocalStorage:
 def make_folder(folder: Path) -> None:
     """Makes the folder, and those above it that are missing, for their owner alone; the names survive a power loss."""
     for each in reversed([folder, *folder.parents]):
-        if each == folder or not each.exists():  # `folder` again: a start may have crashed before it synced the name
+        if each == folder or not each.exists():  # `folder` always: an earlier start may have crashed before the sync
             each.mkdir(mode=0o700, exist_ok=True)
             with contextlib.suppress(PermissionError):  # the parent may be entered but not listed
                 fsync_folder(each.parent)
@@ -186,8 +186,8 @@ MAX_CONTENT_TYPES, MAX_MAIN_PART = 2**18, 512 * 2**20  # bytes, unpacked
 
 
 class BoundedReads:
-    """A file for zipfile, which would read a directory of any size, and refuses one of which it gets less. (Without a
-    size it reads only the last 64 KiB.)"""
+    """The file as zipfile sees it: no read is longer than MAX_DIRECTORY, so it gets a larger directory cut, and refuses
+    it. (It calls read(-1), which has no bound, for the last 64 KiB alone.)"""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.seek, self.tell, self.seekable = file, file.seek, file.tell, file.seekable
@@ -212,13 +212,13 @@ def open_docx(file: BinaryIO) -> Iterator[zipfile.ZipFile]:
 
 def unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, most: int) -> Iterator[bytes]:
     """The bytes of an entry, whose CRC is checked at the end. Raises BadDocument when there may be more than `most`.
-    (Of a stored or deflated entry zipfile gives at most `file_size` bytes; for other compressions it has no bound.)"""
+    (zipfile bounds what it gives by `file_size` for stored and deflated entries only, so others are refused.)"""
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or entry.file_size > most:
         raise BadDocument("A part of the DOCX has another compression, or unpacks to more, than a DOCX needs.")
     if not 0 <= entry.header_offset < archive.start_dir:  # a seek to there may raise an OSError, as if the disk failed
         raise BadDocument("The ZIP archive has an entry outside of the file.")
-    # Some writers spell the name in the entry's local header otherwise. Word opens that, so zipfile, which refuses it,
-    # is told that this is the entry's name. The flag 0x800 says that the name is UTF-8.
+    # Some writers spell the name in the entry's local header otherwise. Word opens such files, but zipfile compares
+    # the names. So the entry gets the name of its local header here. The flag 0x800 says that it is UTF-8.
     file = cast(BinaryIO, archive.fp)
     file.seek(entry.header_offset)
     flags, name_length = struct.unpack("<6xH18xH2x", file.read(30))
