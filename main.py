@@ -129,7 +129,7 @@ class JsonFormatter(logging.Formatter):
             entry["exception"] = type(failure).__name__ + text
             entry["stack"] = "".join(traceback.format_tb(failure.__traceback__, limit=-20))
         cut = {name: value[-1500:] if isinstance(value, str) else value for name, value in entry.items()}
-        return json.dumps(cut, default=str)
+        return json.dumps(cut)
 
 
 LOGGING = {  # for logging.config.dictConfig
@@ -404,7 +404,7 @@ class Service:
         # Threads of their own, so that uploads to a slow storage hold up no downloads.
         self.publishers = ThreadPoolExecutor(self.storage.parallel, "publisher")
         self.open_uploads = 0
-        self.random = random.Random()  # ids are no secrets; a system call for each would cost uploads 7 % more CPU
+        self.random = random.Random()  # for ids, which are no secrets: without a system call for each
         self.db.loop = asyncio.get_running_loop()
         self.password_checks = asyncio.Semaphore(2)  # scrypt takes 16 MiB and a processor
         self.logins_under_way: list[str] = []  # the throttle key of each
@@ -630,8 +630,7 @@ class Workers:
         self.stopping, self._grace_end = False, float("inf")  # by time.monotonic()
 
     async def work(self) -> None:
-        """Runs waiting documents, one after the other, until none waits. `process_workers` asyncio tasks repeat this,
-        and each lends its runs to a thread."""
+        """Runs waiting documents until none waits. `process_workers` asyncio tasks repeat this, each with a thread."""
         while self._db.is_waiting() and not self.stopping:
             run_id = uuid.uuid4().hex
             self._run_ids.add(run_id)
@@ -710,6 +709,7 @@ sessions = APIRouter(prefix="/auth", tags=["auth"], responses=ERRORS)
 health = APIRouter(tags=["health"], responses=ERRORS)
 IDEMPOTENCY_KEY = "[!-~]{1,128}"
 CURSOR = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z_[0-9a-f-]{36}$"  # created_at and id of the last document of a page
+LOGINS_AT_ONCE = 10  # of one throttle key
 
 
 async def upload(request: Request) -> Response:
@@ -868,9 +868,6 @@ def tokens_of(service: Service, session: Session) -> Tokens:
     return Tokens(
         access_token=service.signer.issue(auth.ACCESS, access), expires_in=round(access.exp - now),
         refresh_token=service.signer.issue(auth.REFRESH, renewal), refresh_expires_in=round(renewal.exp - now))
-
-
-LOGINS_AT_ONCE = 10  # of one throttle key
 
 
 @sessions.post("/login", summary="Log in with user name and password", openapi_extra=form_or_json(Credentials))
