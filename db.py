@@ -363,7 +363,7 @@ class Database:
             " FROM sessions JOIN users USING (user_id) WHERE session_id = ? AND user_id = ?", (session_id, user_id)))
         now = time.time()
         if session and used_jti == session.refresh_jti:
-            new = session._replace(refresh_jti=str(uuid.uuid4()), rotated_at=now, previous_jti=used_jti)
+            new = session._replace(refresh_jti=str(uuid.uuid4()), rotated_at=now)
             self._writer.execute(
                 "UPDATE sessions SET refresh_jti = ?, rotated_at = ?, previous_jti = ? WHERE session_id = ?",
                 (new.refresh_jti, now, used_jti, session_id))

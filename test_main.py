@@ -359,17 +359,17 @@ def test_no_file_is_removed_because_the_database_does_not_know_it(tmp_path: Path
     assert command(settings, "check")[0] == 0
 
 
-def make_database(file: Path, version: int, tables: int = 1) -> None:
+def make_database(file: Path, version: int, *tables: str) -> None:
     with contextlib.closing(sqlite3.connect(file)) as database:
-        database.executescript("CREATE TABLE of_somebody_else (x);" * tables + f"PRAGMA user_version = {version};")
+        database.executescript(f"PRAGMA user_version = {version};" + "".join(f"CREATE TABLE {t} (x);" for t in tables))
 
 
 @pytest.mark.parametrize("spoil, told", [
     (lambda file: None, "there are stored files, but .* is missing"),
-    (lambda file: make_database(file, 0, 0), "there are stored files, but .* has no tables"),
+    (lambda file: make_database(file, 0), "there are stored files, but .* has no tables"),
     (lambda file: file.write_bytes(b"This is no database. " * 1000), "not a database"),
-    (lambda file: make_database(file, 99), "another version"), (lambda file: make_database(file, 0), "another program"),
-    (lambda file: make_database(file, 3), "another"), (Path.mkdir, "I/O error|directory")], ids=itertools.count())
+    (lambda file: make_database(file, 2, "sessions"), "another version"),
+    (lambda file: make_database(file, 3, "x"), "another"), (Path.mkdir, "I/O error|directory")], ids=itertools.count())
 def test_an_unusable_database_is_left_as_it_is(tmp_path: Path, spoil: Callable[[Path], Any], told: str) -> None:
     file, stored = tmp_path / "data" / "documents.db", tmp_path / "data" / "files" / "precious"
     stored.parent.mkdir(parents=True)
