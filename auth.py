@@ -19,7 +19,7 @@ ACCESS = "at+jwt"  # RFC 9068
 REFRESH = "rt+jwt"
 ISSUER = "document-lifecycle-api"
 
-SCRYPT = "scrypt$16384$8$5"  # n, r, p: OWASP's setting for 16 MiB. A hash carries its own, so this may be changed.
+SCRYPT = "scrypt$16384$8$5"  # n, r and p: OWASP's setting for 16 MiB. A hash carries its own.
 
 COMPACT_JWS = re.compile(r"[\w-]{1,512}\.[\w-]{1,4096}\.[\w-]{1,512}", re.ASCII)
 
@@ -31,7 +31,7 @@ class InvalidToken(Exception):
 # str_max_length also makes pydantic refuse lone surrogates, which SQLite can't store.
 @dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, str_max_length=64))
 class Claims:
-    """The claims of a token, all required; times in seconds since the epoch. Raises ValueError for others."""
+    """The claims of a token, all required there; times in seconds since the epoch. Raises ValueError for others."""
 
     sub: str  # the user's id
     sid: str  # the session's id
@@ -90,7 +90,7 @@ def hash_password(password: str) -> str:
 
 def verify_password(password: str, password_hash: str | None) -> bool:
     """Whether the password has this hash. None, for an unknown user, costs the same and is False."""
-    expected = password_hash or f"{SCRYPT}${'A' * 22}=="  # it has no key at its end, so it equals no hash
+    expected = password_hash or f"{SCRYPT}${'A' * 22}=="  # settings and salt without a key: it equals no hash
     return hmac.compare_digest(crypt(password, expected), expected)
 
 

@@ -28,7 +28,7 @@ SCHEMA_VERSION = 3  # as PRAGMA user_version
 SCHEMA = """
 CREATE TABLE users (
     user_id TEXT PRIMARY KEY, username TEXT NOT NULL UNIQUE, password_hash TEXT NOT NULL,
-    last_claim INTEGER NOT NULL DEFAULT 0  -- serial number of the latest claim of one of the user's documents
+    last_claim INTEGER NOT NULL  -- serial number of the latest claim of one of the user's documents
 ) STRICT;
 CREATE INDEX users_by_last_claim ON users (last_claim);
 CREATE TABLE sessions (
@@ -45,13 +45,12 @@ CREATE INDEX login_failures_at ON login_failures (failed_at);
 CREATE TABLE documents (
     document_id TEXT PRIMARY KEY, owner_id TEXT NOT NULL REFERENCES users ON DELETE CASCADE,
     filename TEXT NOT NULL, media_type TEXT NOT NULL, size INTEGER NOT NULL, sha256 TEXT NOT NULL, idempotency_key TEXT,
-    status TEXT NOT NULL DEFAULT 'UPLOADED' CHECK (status IN ('UPLOADED', 'PROCESSING', 'COMPLETED', 'FAILED')),
+    status TEXT NOT NULL CHECK (status IN ('UPLOADED', 'PROCESSING', 'COMPLETED', 'FAILED')),
     created_at TEXT NOT NULL, updated_at TEXT NOT NULL,
     request_id TEXT, queued_at TEXT,  -- of the latest `process` request
     run_id TEXT,                      -- a run is one claim by a worker; NULL unless a worker has the document
-    beat_at REAL,                     -- last sign of life of the run
-    attempts INTEGER NOT NULL DEFAULT 0, progress INTEGER NOT NULL DEFAULT 0,
-    message TEXT NOT NULL DEFAULT '', started_at TEXT, finished_at TEXT,
+    beat_at REAL,                     -- last sign of life of the run's process
+    attempts INTEGER NOT NULL, progress INTEGER NOT NULL, message TEXT NOT NULL, started_at TEXT, finished_at TEXT,
     error TEXT                        -- JSON: code, message, retryable
 ) STRICT;
 CREATE UNIQUE INDEX documents_by_key ON documents (owner_id, idempotency_key) WHERE idempotency_key IS NOT NULL;
@@ -139,7 +138,8 @@ def first_row(make: Callable[..., T], rows: sqlite3.Cursor) -> T | None:
 
 
 class Write(Future[T]):
-    """A write on its way to the disk: done when it is there, or has failed."""
+    """A write on its way to the disk: done when it is there, or has failed. Threads wait for the Future, coroutines for
+    `ended`, which is set in their event loop."""
 
     def __init__(self, operation: Callable[[], T]) -> None:
         super().__init__()
@@ -216,8 +216,8 @@ class Database:
                 fcntl.flock(lock_file, fcntl.LOCK_UN)  # closing is not enough: a forked child may have it open too
 
     def close(self) -> None:
-        """Waits up to a second for all writes that were submitted, then closes the connections, so that a later write
-        fails. When they have not ended, as while another process holds the lock, the connections stay open."""
+        """Waits up to a second for all writes that were submitted, then takes the lock and closes the connections, so
+        that a later write fails. If the writes have not ended by then, the connections stay open."""
         with contextlib.suppress(TimeoutError):
             self.check_writable().exception(timeout=1)  # this write ends after those that were submitted before it
             with self.lock():  # since closing a connection checkpoints too
@@ -228,10 +228,10 @@ class Database:
 
     def _commit_forever(self) -> None:
         """Commits one batch of writes after the other. Each waits up to 20 ms to become about as large as the last one,
-        since clients that were answered together write together again. (One less: a lease may have been renewed.)"""
+        since clients that were answered together write together again."""
         batch: list[Write[Any]] = []
         while True:
-            expected = len(batch) - 1
+            expected = len(batch) - 1  # one may have been a renewal of leases, which comes once a second
             batch = [self._submitted.get()]
             end = time.monotonic() + 0.02
             while len(batch) + self._submitted.qsize() < expected and time.monotonic() < end:
@@ -253,7 +253,7 @@ class Database:
         stored or not: InDoubt. (Only if the disk was full, they are certainly not stored.)"""
         committing = False
         try:
-            self._sync()  # never retried: after a failed fsync, a second one may succeed though a name is lost
+            self._sync()  # not retried: after a failed fsync, a second one may succeed though a name is lost
             with self.lock(), self._writer:  # which commits at the end of the block, or rolls back after an exception
                 self._writer.execute("BEGIN IMMEDIATE")
                 for pending in batch:
@@ -334,7 +334,7 @@ class Database:
 
     @write
     def record_login(self, user: User | None, name_hash: str, throttle_key: str) -> Session | None:
-        """Opens a session for a user whose password was right; None, if it was changed meanwhile. `user=None` records a
+        """Opens a session for a user whose password was right; None if it was changed meanwhile. `user=None` records a
         failed login. Raises Throttled, as parallel guesses may have passed `check_throttle` together."""
         self.check_throttle(name_hash, throttle_key, self._writer)
         now = time.time()
@@ -411,7 +411,7 @@ class Database:
 
     def compare_files(self) -> tuple[list[str], list[str]]:
         """Strays, the keys of stored files that no document has; and the ids of documents whose file is lost. What is
-        uploaded or deleted meanwhile is in neither."""
+        uploaded or deleted in this second is in neither."""
         def ids(table: str) -> set[str]:
             return {document_id for (document_id,) in self._reader.execute(f"SELECT document_id FROM {table}")}
 
@@ -460,7 +460,7 @@ class Database:
 
     @write
     def claim(self, run_id: str) -> Document | None:
-        """Gives a waiting document to this new run: the oldest one of the owner whose last claim is the longest ago.
+        """Gives a waiting document to this new run. Owners take turns; of an owner's documents the oldest is first.
         None when nothing waits. (CROSS JOIN keeps SQLite to this order of tables: so the indexes do the sorting.)"""
         now = utc_now()
         claimed = first_row(Document, self._writer.execute(
@@ -503,8 +503,8 @@ class Database:
 
     @write
     def renew_and_take_over(self, run_ids: Sequence[str], lease: float, max_attempts: int) -> list[Document]:
-        """Renews the leases of these runs. Ends runs whose last sign of life is more than a lease ago, or in the future
-        (the clock was set back). Returns their documents: they wait again or, after the last attempt, are FAILED."""
+        """Renews the leases of these runs. Ends runs whose last sign of life is further than a lease away, also in the
+        future (the clock was set back). Returns their documents: waiting again or, after the last attempt, FAILED."""
         expired = f"{RUNNING} AND beat_at NOT BETWEEN :now - :lease AND :now + :lease"
         values = {"now": time.time(), "stamp": utc_now(), "lease": lease, "max_attempts": max_attempts,
                   "run_ids": json.dumps(run_ids), "message": INTERRUPTED["message"], "error": json.dumps(INTERRUPTED)}

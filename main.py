@@ -114,7 +114,7 @@ def log_event(event: str, level: int = logging.INFO, *, failure: BaseException |
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line, in ASCII. Texts are cut, as lines longer than PIPE_BUF may mix in a pipe (pipe(7))."""
+    """One JSON object a line, in ASCII. Long texts are cut: lines longer than PIPE_BUF may mix in a pipe (pipe(7))."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, Any] = {
@@ -124,8 +124,8 @@ class JsonFormatter(logging.Formatter):
             entry["request_id"] = request_id
         entry |= getattr(record, "fields", {})
         if record.exc_info and (failure := record.exc_info[1]):
-            # An exception's text can hold what a client sent, except that of an OSError or sqlite3.Error.
-            text = f": {failure}" if isinstance(failure, (OSError, sqlite3.Error)) else ""
+            # An exception's text can hold what a client sent, unless it is the system's (errno) or SQLite's.
+            text = f": {failure}" if getattr(failure, "errno", None) or isinstance(failure, sqlite3.Error) else ""
             entry["exception"] = type(failure).__name__ + text
             entry["stack"] = "".join(traceback.format_tb(failure.__traceback__, limit=-20))
         cut = {name: value[-1500:] if isinstance(value, str) else value for name, value in entry.items()}
@@ -137,7 +137,7 @@ LOGGING = {  # for logging.config.dictConfig
     "formatters": {"json": {"()": JsonFormatter}},
     "handlers": {"stdout": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout", "formatter": "json"}},
     "root": {"handlers": ["stdout"], "level": "INFO"},
-    # uvicorn's loggers lose their handlers, as none are named. Its access log says less than `request`, but the query.
+    # uvicorn's loggers lose their handlers, as none are named. `request` says more than its access log, and no query.
     "loggers": {"uvicorn": {"propagate": True}, "uvicorn.access": {"propagate": False}}}
 
 
@@ -211,7 +211,7 @@ class Health(Answer):
     status: Literal["ok"] = Field(default="ok", examples=["ok"])
 
 
-# Problems: every error that a client can see
+# Problems: every error that the app sends
 
 RETRY_SOON = {"Retry-After": "1"}
 BEARER = {"WWW-Authenticate": "Bearer"}
@@ -293,8 +293,8 @@ async def problem_of(request: Request, failure: BaseException) -> Problem:
             log_event("storage_error", logging.ERROR, failure=failure)
             no_space = (getattr(failure, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
                         or getattr(failure, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL)
-            is_readyz = request.method in ("GET", "HEAD")  # which answers 503 whatever is wrong
-            return Problem("insufficient_storage" if no_space and not is_readyz else "unavailable")
+            only_reads = request.method in ("GET", "HEAD")  # like /readyz, which answers 503 whatever is wrong
+            return Problem("insufficient_storage" if no_space and not only_reads else "unavailable")
         case asyncio.CancelledError():  # by uvicorn, when the grace of a shutdown is over
             return Problem("unavailable")
         case _:
@@ -327,7 +327,7 @@ class RequestMiddleware:
         request.state.is_head = request.method == "HEAD"
         inner_scope = {**scope, "method": "GET"} if request.state.is_head else scope  # uvicorn leaves out the body
         try:
-            if exchange.must_drain and request.headers.get("content-encoding", "identity") != "identity":
+            if exchange.body_open and request.headers.get("content-encoding", "identity") != "identity":
                 raise Problem("unsupported_media_type", "Send the body without a Content-Encoding.")
             await self.app(inner_scope, exchange.receive, exchange.send)
         except (Exception, asyncio.CancelledError) as failure:
@@ -335,7 +335,7 @@ class RequestMiddleware:
             if exchange.status:  # the answer has begun; uvicorn cuts it off
                 raise
             if isinstance(failure, asyncio.CancelledError):
-                exchange.must_drain = False  # the grace is over
+                exchange.body_open = False  # the grace is over: no time is left to read the rest
             await problem(scope, exchange.receive, exchange.send)
         finally:
             # A strange path or method may hold a secret, as in `http://user:password@host/` or with a `?` sent as %3F.
@@ -350,33 +350,33 @@ class Exchange:
     """One request and its answer: `receive` and `send` for the app.
 
     A client that still sends while the connection is closed may lose the answer (RFC 9112, 9.6). So the rest of a body
-    is read and thrown away. A small rest is read before the answer, and the connection stays open. A larger one is read
-    after the answer, which says `Connection: close`, but before its end, where uvicorn closes the connection."""
+    is read and thrown away. Up to 64 KiB of it are read before the answer, and the connection stays open. More is read
+    between the last byte of an answer with `Connection: close` and its end, where uvicorn closes the connection."""
 
     def __init__(self, request: Request, receive: Receive, send: Send) -> None:
         self._receive, self._send, headers = receive, send, request.headers
         self.status = 0  # of the answer, once that has begun
         # True until the end of the request's body has come.
-        self.must_drain = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+        self.body_open = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
         self._expects_100 = "expect" in headers
 
     async def receive(self) -> Message:
         message = await self._receive()
-        self.must_drain = message.get("more_body", False)
+        self.body_open = message.get("more_body", False)
         return message
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            if self.must_drain and not self._expects_100:  # else the client waits, and sends nothing (RFC 9110, 10.1.1)
+            if self.body_open and not self._expects_100:  # else the client waits, and sends nothing (RFC 9110, 10.1.1)
                 await self._drain(0.1, SMALL_BODY)
             self.status = message["status"]
             headers = MutableHeaders(raw=message["headers"])
             headers.setdefault("Cache-Control", "no-store")
-            if self.must_drain:
+            if self.body_open:
                 headers["Connection"] = "close"
             headers.raw.extend([(b"x-request-id", request_id_of_context.get().encode()),
                                 (b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY")])
-        elif self.must_drain and not message.get("more_body", False):
+        elif self.body_open and not message.get("more_body", False):
             await self._send({**message, "more_body": True})  # the last bytes of the answer, but not its end
             await self._drain(DRAIN_SECONDS, DRAIN_BYTES)
             message = {"type": "http.response.body"}
@@ -386,7 +386,7 @@ class Exchange:
         drained = 0
         with contextlib.suppress(TimeoutError, asyncio.CancelledError):  # uvicorn cancels when the grace is over
             async with asyncio.timeout(seconds):
-                while self.must_drain and drained < most:
+                while self.body_open and drained < most:
                     drained += len((await self.receive()).get("body", b""))
 
 
@@ -532,15 +532,15 @@ class MultipartFile(MultipartParser):
             "on_header_value": lambda data, start, end: self._headers[bytes(self._header_name)].extend(data[start:end]),
             "on_headers_finished": self._on_headers_finished},
             max_header_count=SMALL_BODY, max_header_size=SMALL_BODY)
-        # A preamble is allowed (RFC 2046, 5.1.1), but the parser refuses it. So it is parsed like the data of a part,
-        # which is dropped. A boundary that ends a part begins with a line break; the first one may lack it.
+        # It starts inside of a part that is dropped: that skips a preamble, which RFC 2046, 5.1.1 allows but the parser
+        # refuses. The line break is what the first boundary may lack.
         self.state = MultipartState.PART_DATA
         self.write(b"\r\n")
 
     def _on_headers_finished(self) -> None:
         self.set_callback("part_data", None)  # what parts other than the file hold is dropped
         disposition = bytes(self._headers[b"content-disposition"])
-        # python-multipart drops `filename*` (RFC 7578), but older .NET and Python clients send it: renamed, it is kept.
+        # Renamed, as python-multipart drops `filename*` (RFC 7578), which older .NET and Python clients send.
         _, options = parse_options_header(re.sub(rb"(?i);\s*filename\*\s*=", b"; filename_=", disposition))
         if options.get(b"name") != b"file":
             return
@@ -620,7 +620,7 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
 class Workers:
     """Runs queued documents. The queue is in the database, so any server process may run what another was asked to. A
     run is one claim and one call of the pipeline, in a thread. What the pipeline raises makes the document FAILED. When
-    the file can't be opened, or the database fails, nothing is recorded: the document gets another run later."""
+    the file can't be opened, or the database fails, the run's lease runs out, as if the process had died."""
 
     def __init__(self, service: Service, pipeline: Pipeline) -> None:
         self._db, self._storage, self._settings = service.db, service.storage, service.settings
@@ -633,7 +633,7 @@ class Workers:
         """Runs waiting documents until none waits. `process_workers` asyncio tasks repeat this, each with a thread."""
         while self._db.is_waiting() and not self.stopping:
             run_id = uuid.uuid4().hex
-            self._run_ids.add(run_id)
+            self._run_ids.add(run_id)  # before the claim, so that its lease is renewed from the start
             try:
                 if document := await self._db.claim(run_id):
                     await asyncio.get_running_loop().run_in_executor(self._pool, self._run, run_id, document)
@@ -733,7 +733,7 @@ async def upload(request: Request) -> Response:
             incoming.sha256.hexdigest(), "UPLOADED", now, now, idempotency_key=idempotency_key))
     except InDoubt:  # the row may be there, so the file stays
         raise
-    except Exception:  # there is no row (CancelledError is no Exception: then a publisher may still write the file)
+    except Exception:  # no row was written (a cancelled upload does not come here: its publisher may still be at work)
         await run_in_threadpool(incoming.discard)
         raise
     finally:
@@ -749,7 +749,7 @@ async def upload(request: Request) -> Response:
     return Response(DocumentOut.model_validate(document).model_dump_json(), 201, headers, "application/json")
 
 
-documents.route("/documents/upload", ["POST"])(upload)  # FastAPI's route would take a sixth of a small upload's time
+documents.route("/documents/upload", ["POST"])(upload)  # this plain route saves a sixth of a small upload's time
 documents.post(  # only for /docs: the route before it has the same path and serves it
     "/upload", summary="Upload a PDF or DOCX", status_code=201, response_model=DocumentOut,
     dependencies=[Depends(signed_in)], openapi_extra={
@@ -905,7 +905,7 @@ async def login(request: Request) -> Tokens:
 @sessions.post("/refresh", summary="Exchange a refresh token for new tokens", openapi_extra=form_or_json(RefreshToken))
 async def refresh(request: Request) -> Tokens:
     """Replaces the refresh token. The old token gives the same successor for 10 seconds more, unless the successor was
-    claims. Any later use, until it expires, ends the session (RFC 9700, 4.14.2). Error: `invalid_grant`."""
+    used. Any later use, until it expires, ends the session (RFC 9700, 4.14.2). Error: `invalid_grant`."""
     body = await read_fields(request, RefreshToken)
     service = service_of(request)
     try:
@@ -950,7 +950,7 @@ async def readyz(request: Request) -> Health:
 
 # The application
 
-DESCRIPTION = """**Authorize** with user `admin` and the password in `data/initial-password`, **upload a PDF or DOCX**,
+DESCRIPTION = """**Authorize** (by default `admin` and the text of `data/initial-password`), **upload a PDF or DOCX**,
 **start processing** with its `document_id`, **see how processing goes** with `wait` = 10, and **get the result**."""
 
 
@@ -974,7 +974,7 @@ async def running_service(
         settings: Settings, storage: Storage | None, pipeline: Pipeline | None) -> AsyncIterator[dict[str, Any]]:
     """The service, from its start to its end. What it yields is in the state of each request. After SIGTERM:
 
-    1. `follow_uvicorn` stops the workers within 0.1 s: no more runs begin, long polls are answered, the grace begins.
+    1. `follow_uvicorn` stops the workers within 0.1 s: claims end, long polls are answered, the grace begins.
     2. uvicorn waits for open requests, and cancels them at the end of the grace: they are answered with 503.
     3. This function goes on after its `yield`. Runs have what is left of the grace, then writes have a second.
     4. uvicorn raises the signal again: the process ends. (As process 1, or at Ctrl-C, it first waits for threads.)"""

@@ -186,8 +186,8 @@ MAX_CONTENT_TYPES, MAX_MAIN_PART = 2**18, 512 * 2**20  # bytes, unpacked
 
 
 class BoundedReads:
-    """The file as zipfile sees it: no read is longer than MAX_DIRECTORY, so it gets a larger directory cut, and refuses
-    it. (It calls read(-1), which has no bound, for the last 64 KiB alone.)"""
+    """Cuts each read at MAX_DIRECTORY, so that zipfile refuses a larger directory. (It calls read(-1) for no more than
+    the last 64 KiB.)"""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.seek, self.tell, self.seekable = file, file.seek, file.tell, file.seekable
@@ -217,8 +217,8 @@ def unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, most: int) -> Ite
         raise BadDocument("A part of the DOCX has another compression, or unpacks to more, than a DOCX needs.")
     if not 0 <= entry.header_offset < archive.start_dir:  # a seek to there may raise an OSError, as if the disk failed
         raise BadDocument("The ZIP archive has an entry outside of the file.")
-    # Some writers spell the name in the entry's local header otherwise. Word opens such files, but zipfile compares
-    # the names. So the entry gets the name of its local header here. The flag 0x800 says that it is UTF-8.
+    # Some writers name an entry differently in local header and directory. Word accepts that, but zipfile does not. So
+    # the entry takes the name of its local header. The flag 0x800 says that it is UTF-8.
     file = cast(BinaryIO, archive.fp)
     file.seek(entry.header_offset)
     flags, name_length = struct.unpack("<6xH18xH2x", file.read(30))
@@ -257,7 +257,7 @@ def content_types(archive: zipfile.ZipFile) -> dict[str, str]:
 
 
 def check_is_docx(file: BinaryIO) -> None:
-    """Raises BadDocument unless [Content_Types].xml declares a WordprocessingML main part (ECMA-376-2)."""
+    """Raises BadDocument unless [Content_Types].xml has a WordprocessingML main part and no macros (ECMA-376-2)."""
     with open_docx(file) as archive:
         declared = content_types(archive).values()
     if MAIN_PART not in declared or any("vbaproject" in content_type for content_type in declared):
