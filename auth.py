@@ -51,8 +51,8 @@ class TokenSigner:
             raise ValueError("the signing key needs at least 32 bytes")
         self._secret = secret
         # PyJWT checks signature, issuer and audience. `exp` is checked by `verify` at each use, since the outcome of
-        # the other checks is cached. `iat` and `nbf` may be in the future: the clock may have been set back.
-        self._jwt = jwt.PyJWT({"strict_aud": True, "verify_exp": False, "verify_iat": False, "verify_nbf": False})
+        # the other checks is cached. `iat` may be in the future, as the clock may have been set back.
+        self._jwt = jwt.PyJWT({"strict_aud": True, "verify_exp": False, "verify_iat": False})
         self._verified = functools.lru_cache(maxsize=1024)(self._verify)  # a good signature stays good
 
     def issue(self, kind: str, claims: Claims) -> str:

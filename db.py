@@ -231,7 +231,7 @@ class Database:
         since clients that were answered together write together again."""
         batch: list[Write[Any]] = []
         while True:
-            expected = len(batch) - 1  # one may have been a renewal of leases, which comes once a second
+            expected = len(batch) - 1  # of the last batch, one may have been a renewal of leases: one each second
             batch = [self._submitted.get()]
             end = time.monotonic() + 0.02
             while len(batch) + self._submitted.qsize() < expected and time.monotonic() < end:
@@ -368,8 +368,9 @@ class Database:
                 "UPDATE sessions SET refresh_jti = ?, rotated_at = ?, previous_jti = ? WHERE session_id = ?",
                 (new.refresh_jti, now, used_jti, session_id))
             return new
-        is_repeated = session and used_jti == session.previous_jti and abs(now - session.rotated_at) < REFRESH_GRACE
-        return session if is_repeated else None
+        if session and used_jti == session.previous_jti and abs(now - session.rotated_at) < REFRESH_GRACE:
+            return session
+        return None
 
     @write
     def end_session(self, session_id: str, user_id: str) -> str | None:
@@ -461,7 +462,7 @@ class Database:
     @write
     def claim(self, run_id: str) -> Document | None:
         """Gives a waiting document to this new run. Owners take turns; of an owner's documents the oldest is first.
-        None when nothing waits. (CROSS JOIN keeps SQLite to this order of tables: so the indexes do the sorting.)"""
+        None when nothing waits. (CROSS JOIN keeps SQLite to this order of tables, in which their indexes sort.)"""
         now = utc_now()
         claimed = first_row(Document, self._writer.execute(
             "UPDATE documents SET run_id = ?, beat_at = ?, attempts = attempts + 1, progress = 0, message = 'started',"

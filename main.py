@@ -119,7 +119,7 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, Any] = {
             "timestamp": utc_now(), "level": record.levelname, "logger": record.name,
-            "event": record.getMessage().strip().rpartition("\n")[2]}  # the last line of a traceback
+            "event": record.getMessage().strip().rpartition("\n")[2]}  # uvicorn logs tracebacks: the last line
         if request_id := request_id_of_context.get():
             entry["request_id"] = request_id
         entry |= getattr(record, "fields", {})
@@ -137,7 +137,7 @@ LOGGING = {  # for logging.config.dictConfig
     "formatters": {"json": {"()": JsonFormatter}},
     "handlers": {"stdout": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout", "formatter": "json"}},
     "root": {"handlers": ["stdout"], "level": "INFO"},
-    # uvicorn's loggers lose their handlers, as none are named. `request` says more than its access log, and no query.
+    # uvicorn's loggers lose their handlers, as none are named. `request` replaces its access log, which shows queries.
     "loggers": {"uvicorn": {"propagate": True}, "uvicorn.access": {"propagate": False}}}
 
 
@@ -324,9 +324,13 @@ class RequestMiddleware:
         sent_id = re.fullmatch(r"[A-Za-z0-9._-]{1,64}", request.headers.get("x-request-id", ""))
         request_id_of_context.set(sent_id[0] if sent_id else service_of(request).random.randbytes(16).hex())
         exchange = Exchange(request, receive, send)
+        path = scope["path"].removeprefix(scope["root_path"])
+        path_is_odd = not re.fullmatch("/[A-Za-z0-9_/.-]{,200}", path)  # no route has such a path; it may hold a secret
         request.state.is_head = request.method == "HEAD"
-        inner_scope = {**scope, "method": "GET"} if request.state.is_head else scope  # uvicorn leaves out the body
+        inner_scope = {**scope, "method": "GET"} if request.state.is_head else scope  # uvicorn sends no body
         try:
+            if path_is_odd:
+                raise Problem("not_found")
             if exchange.body_open and request.headers.get("content-encoding", "identity") != "identity":
                 raise Problem("unsupported_media_type", "Send the body without a Content-Encoding.")
             await self.app(inner_scope, exchange.receive, exchange.send)
@@ -338,10 +342,8 @@ class RequestMiddleware:
                 exchange.body_open = False  # the grace is over: no time is left to read the rest
             await problem(scope, exchange.receive, exchange.send)
         finally:
-            # A strange path or method may hold a secret, as in `http://user:password@host/` or with a `?` sent as %3F.
-            path = scope["path"].removeprefix(scope["root_path"])
             log_event("request", method=request.method if re.fullmatch("[A-Z]{1,9}", request.method) else "odd",
-                      path=path if re.fullmatch("/[A-Za-z0-9_/.-]{,200}", path) else "odd", status=exchange.status,
+                      path="odd" if path_is_odd else path, status=exchange.status,
                       duration_ms=round(1000 * (time.perf_counter() - start), 3), client=request.state.client,
                       user=scope["state"].get("username"))
 
@@ -350,14 +352,13 @@ class Exchange:
     """One request and its answer: `receive` and `send` for the app.
 
     A client that still sends while the connection is closed may lose the answer (RFC 9112, 9.6). So the rest of a body
-    is read and thrown away. Up to 64 KiB of it are read before the answer, and the connection stays open. More is read
-    between the last byte of an answer with `Connection: close` and its end, where uvicorn closes the connection."""
+    is read and thrown away. Up to 64 KiB, if they come at once, are read before the answer, and the connection stays
+    open. More is read after the last byte of an answer with `Connection: close`: then it ends, and uvicorn closes."""
 
     def __init__(self, request: Request, receive: Receive, send: Send) -> None:
         self._receive, self._send, headers = receive, send, request.headers
         self.status = 0  # of the answer, once that has begun
-        # True until the end of the request's body has come.
-        self.body_open = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+        self.body_open = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"  # still to come
         self._expects_100 = "expect" in headers
 
     async def receive(self) -> Message:
@@ -367,7 +368,7 @@ class Exchange:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            if self.body_open and not self._expects_100:  # else the client waits, and sends nothing (RFC 9110, 10.1.1)
+            if self.body_open and not self._expects_100:  # with Expect the client sends nothing yet (RFC 9110, 10.1.1)
                 await self._drain(0.1, SMALL_BODY)
             self.status = message["status"]
             headers = MutableHeaders(raw=message["headers"])
@@ -401,7 +402,7 @@ class Service:
         self.db, self.storage = open_stores(settings, storage)
         secret = settings.jwt_secret or secret_file(self.db, settings.data_dir / "jwt-secret").encode()
         self.signer = auth.TokenSigner(secret)
-        # Threads of their own, so that uploads to a slow storage hold up no downloads.
+        # Threads of their own, so that publishing to a slow storage holds up no downloads.
         self.publishers = ThreadPoolExecutor(self.storage.parallel, "publisher")
         self.open_uploads = 0
         self.random = random.Random()  # for ids, which are no secrets: without a system call for each
@@ -531,7 +532,7 @@ class MultipartFile(MultipartParser):
             "on_header_field": lambda data, start, end: self._header_name.extend(data[start:end].lower()),
             "on_header_value": lambda data, start, end: self._headers[bytes(self._header_name)].extend(data[start:end]),
             "on_headers_finished": self._on_headers_finished},
-            max_header_count=SMALL_BODY, max_header_size=SMALL_BODY)
+            max_header_count=SMALL_BODY, max_header_size=SMALL_BODY)  # as `receive_file` bounds them together
         # It starts inside of a part that is dropped: that skips a preamble, which RFC 2046, 5.1.1 allows but the parser
         # refuses. The line break is what the first boundary may lack.
         self.state = MultipartState.PART_DATA
@@ -541,7 +542,7 @@ class MultipartFile(MultipartParser):
         self.set_callback("part_data", None)  # what parts other than the file hold is dropped
         disposition = bytes(self._headers[b"content-disposition"])
         # Renamed, as python-multipart drops `filename*` (RFC 7578), which older .NET and Python clients send.
-        _, options = parse_options_header(re.sub(rb"(?i);\s*filename\*\s*=", b"; filename_=", disposition))
+        _, options = parse_options_header(re.sub(rb"(?i);\s*filename\*\s*=", b"; extended_filename=", disposition))
         if options.get(b"name") != b"file":
             return
         filename = shown_filename(decoded_filename(options))
@@ -555,15 +556,14 @@ class MultipartFile(MultipartParser):
 
 
 def decoded_filename(options: Mapping[bytes, bytes]) -> str:
-    """`filename*` (RFC 8187), or `filename`: one encoded word (RFC 2047) or UTF-8. What can't be decoded stays."""
+    """`filename*` (RFC 8187), or `filename`: encoded words (RFC 2047) or UTF-8. What can't be decoded stays."""
     plain = options.get(b"filename", b"")[-4096:].decode(errors="replace")
-    extended = options.get(b"filename_", b"")[-4096:].split(b"'", 2)
+    extended = options.get(b"extended_filename", b"")[-4096:].split(b"'", 2)
     with contextlib.suppress(ValueError, LookupError, HeaderParseError):
         if len(extended) == 3 and len(extended[0]) <= 40:  # Python keeps the name of an unknown charset for ever
             return unquote_to_bytes(extended[2]).decode(extended[0].decode()) or plain
-        if re.fullmatch(r"=\?[^?\s]{1,40}\?[BbQq]\?[^?\s]*\?=", plain):
-            content, charset = cast(tuple[bytes, str], decode_header(plain)[0])
-            return content.decode(charset)
+        if re.fullmatch(r"(=\?[^?\s]{1,40}\?[BbQq]\?[^?\s]*\?=\s*)+", plain):
+            return "".join(content.decode(charset) for content, charset in decode_header(plain))
     return plain
 
 
@@ -730,10 +730,10 @@ async def upload(request: Request) -> Response:
         now = utc_now()
         document = await service.db.add_document(Document(
             incoming.key, user.user_id, incoming.filename, incoming.media_type, incoming.size,
-            incoming.sha256.hexdigest(), "UPLOADED", now, now, idempotency_key=idempotency_key))
+            incoming.sha256.hexdigest(), "UPLOADED", created_at=now, updated_at=now, idempotency_key=idempotency_key))
     except InDoubt:  # the row may be there, so the file stays
         raise
-    except Exception:  # no row was written (a cancelled upload does not come here: its publisher may still be at work)
+    except Exception:  # certainly no row. Not for CancelledError: a publisher may still be at work on the file
         await run_in_threadpool(incoming.discard)
         raise
     finally:
@@ -749,7 +749,7 @@ async def upload(request: Request) -> Response:
     return Response(DocumentOut.model_validate(document).model_dump_json(), 201, headers, "application/json")
 
 
-documents.route("/documents/upload", ["POST"])(upload)  # this plain route saves a sixth of a small upload's time
+documents.route("/documents/upload", ["POST"])(upload)  # saves a sixth of a small upload's time; adds no prefix
 documents.post(  # only for /docs: the route before it has the same path and serves it
     "/upload", summary="Upload a PDF or DOCX", status_code=201, response_model=DocumentOut,
     dependencies=[Depends(signed_in)], openapi_extra={
@@ -858,8 +858,8 @@ def form_or_json(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def tokens_of(service: Service, session: Session) -> Tokens:
-    """A new access token, and the session's refresh token. The latter is made only of the session's row: that is why
-    repeated refreshes within REFRESH_GRACE get the same successor."""
+    """A new access token, and the session's refresh token. The latter is made only of the session's row and settings:
+    that is why repeated refreshes within REFRESH_GRACE get the same successor."""
     new_claims = partial(auth.Claims, sub=session.user_id, sid=session.session_id)
     now, issued, end = time.time(), session.rotated_at, session.expires_at
     access = new_claims(jti=str(uuid.uuid4()), iat=now, exp=min(now + service.settings.access_token_seconds, end))

@@ -213,18 +213,17 @@ def open_docx(file: BinaryIO) -> Iterator[zipfile.ZipFile]:
 def unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, most: int) -> Iterator[bytes]:
     """The bytes of an entry, whose CRC is checked at the end. Raises BadDocument when there may be more than `most`.
     (zipfile bounds what it gives by `file_size` for stored and deflated entries only, so others are refused.)"""
-    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or entry.file_size > most:
-        raise BadDocument("A part of the DOCX has another compression, or unpacks to more, than a DOCX needs.")
+    is_encrypted = entry.flag_bits & 1
+    if is_encrypted or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or entry.file_size > most:
+        raise BadDocument("A part of the DOCX is packed otherwise, or unpacks to more, than a DOCX needs.")
     if not 0 <= entry.header_offset < archive.start_dir:  # a seek to there may raise an OSError, as if the disk failed
         raise BadDocument("The ZIP archive has an entry outside of the file.")
-    # Some writers name an entry differently in local header and directory. Word accepts that, but zipfile does not. So
-    # the entry takes the name of its local header. The flag 0x800 says that it is UTF-8.
+    # The data follows the local header. `archive.open` refuses an entry whose name differs there, but Word does not.
     file = cast(BinaryIO, archive.fp)
     file.seek(entry.header_offset)
-    flags, name_length = struct.unpack("<6xH18xH2x", file.read(30))
-    entry.flag_bits = entry.flag_bits & ~0x800 | flags & 0x800
-    entry.orig_filename = file.read(name_length).decode("utf-8" if flags & 0x800 else "cp437")
-    with archive.open(entry) as content:
+    name_length, extra_length = struct.unpack("<26xHH", file.read(30))
+    file.seek(name_length + extra_length, os.SEEK_CUR)
+    with zipfile.ZipExtFile(file, "r", entry) as content:
         while data := content.read(65536):
             yield data
 
@@ -261,7 +260,7 @@ def check_is_docx(file: BinaryIO) -> None:
     with open_docx(file) as archive:
         declared = content_types(archive).values()
     if MAIN_PART not in declared or any("vbaproject" in content_type for content_type in declared):
-        raise BadDocument("This Office file is not a Word document (DOCX) without macros.")
+        raise BadDocument("This Office file is no Word document (DOCX), or it has macros.")
 
 
 def check_is_whole(file: BinaryIO, media_type: str) -> None:
