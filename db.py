@@ -23,9 +23,11 @@ from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 Status = Literal["UPLOADED", "PROCESSING", "COMPLETED", "FAILED"]
+WAITING = "status = 'PROCESSING' AND run_id IS NULL"  # the two kinds of PROCESSING
+RUNNING = "status = 'PROCESSING' AND run_id IS NOT NULL"
 
 SCHEMA_VERSION = 3  # as PRAGMA user_version
-SCHEMA = """
+SCHEMA = f"""
 CREATE TABLE users (
     user_id TEXT PRIMARY KEY, username TEXT NOT NULL UNIQUE, password_hash TEXT NOT NULL,
     last_claim INTEGER NOT NULL  -- serial number of the latest claim of one of the user's documents
@@ -56,8 +58,8 @@ CREATE TABLE documents (
 CREATE UNIQUE INDEX documents_by_key ON documents (owner_id, idempotency_key) WHERE idempotency_key IS NOT NULL;
 CREATE INDEX documents_newest ON documents (owner_id, created_at, document_id);
 CREATE INDEX documents_by_status ON documents (owner_id, status, created_at, document_id);
-CREATE INDEX documents_waiting ON documents (owner_id, queued_at) WHERE status = 'PROCESSING' AND run_id IS NULL;
-CREATE INDEX documents_running ON documents (beat_at) WHERE status = 'PROCESSING' AND run_id IS NOT NULL;
+CREATE INDEX documents_waiting ON documents (owner_id, queued_at) WHERE {WAITING};
+CREATE INDEX documents_running ON documents (beat_at) WHERE {RUNNING};
 CREATE TABLE results (document_id TEXT PRIMARY KEY REFERENCES documents ON DELETE CASCADE, result TEXT NOT NULL) STRICT;
 CREATE TABLE deleted_files (document_id TEXT PRIMARY KEY) STRICT;  -- to be removed from the storage
 CREATE TRIGGER document_deleted AFTER DELETE ON documents BEGIN
@@ -70,9 +72,6 @@ SESSION_SECONDS, MAX_SESSIONS = 30 * 86400.0, 50  # of one user
 REFRESH_GRACE = 10.0  # seconds in which a refresh token may be used again
 WRITE_SECONDS = 30.0  # how long a request waits for its write to be on disk
 INTERRUPTED = {"code": "interrupted", "message": "Every attempt was interrupted.", "retryable": True}
-# The two kinds of PROCESSING. The partial indexes have the same conditions.
-WAITING = "status = 'PROCESSING' AND run_id IS NULL"
-RUNNING = "status = 'PROCESSING' AND run_id IS NOT NULL"
 
 
 class InDoubt(sqlite3.Error):

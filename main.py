@@ -588,7 +588,8 @@ async def receive_file(request: Request, incoming: Incoming) -> None:
         del chunk  # so that it isn't kept while the next one is waited for
         if incoming.size > max_size or body_size - incoming.size > SMALL_BODY:
             raise Problem("too_large")
-        if len(incoming.held) >= max(START_BYTES, min(HELD_BY_ONE, HELD_BY_ALL // service.open_uploads)):
+        share = min(HELD_BY_ONE, HELD_BY_ALL // service.open_uploads)
+        if len(incoming.held) >= max(START_BYTES, share):  # `flush` wants START_BYTES
             await run_in_threadpool(incoming.flush)
     if form.state != MultipartState.END:
         raise FormParserError
