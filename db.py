@@ -1,7 +1,7 @@
 """Every line of SQL: users and sessions, the life of a document, and the queue, which is the documents table itself.
 
 One thread writes, the committer. It puts all writes that wait into one transaction (group commit), so that they share
-one fsync. Methods marked with `write` return a Write: a coroutine awaits it, a thread takes its `result()`. Other
+its fsyncs. Methods marked with `write` return a Write: a coroutine awaits it, a thread takes its `result()`. Other
 queries read over a second connection, which never waits for writers (WAL)."""
 import asyncio
 import contextlib
@@ -49,7 +49,7 @@ CREATE TABLE documents (
     filename TEXT NOT NULL, media_type TEXT NOT NULL, size INTEGER NOT NULL, sha256 TEXT NOT NULL, idempotency_key TEXT,
     status TEXT NOT NULL CHECK (status IN ('UPLOADED', 'PROCESSING', 'COMPLETED', 'FAILED')),
     created_at TEXT NOT NULL, updated_at TEXT NOT NULL,
-    request_id TEXT, queued_at TEXT,  -- of the latest `process` request
+    request_id TEXT, queued_at TEXT,  -- of the request that queued it
     run_id TEXT,                      -- a run is one claim by a worker; NULL unless a worker has the document
     beat_at REAL,                     -- last sign of life of the run's process
     attempts INTEGER NOT NULL, progress INTEGER NOT NULL, message TEXT NOT NULL, started_at TEXT, finished_at TEXT,
@@ -226,11 +226,11 @@ class Database:
     # The committer
 
     def _commit_forever(self) -> None:
-        """Commits one batch of writes after the other. Each waits up to 20 ms to become about as large as the last one,
+        """Commits one batch of writes after the other. A batch waits up to 20 ms to get about as large as the last one,
         since clients that were answered together write together again."""
         batch: list[Write[Any]] = []
         while True:
-            expected = len(batch) - 1  # of the last batch, one may have been a renewal of leases: one each second
+            expected = len(batch) - 1  # minus one: the last batch may have held the renewal of leases
             batch = [self._submitted.get()]
             end = time.monotonic() + 0.02
             while len(batch) + self._submitted.qsize() < expected and time.monotonic() < end:
@@ -461,7 +461,7 @@ class Database:
     @write
     def claim(self, run_id: str) -> Document | None:
         """Gives a waiting document to this new run. Owners take turns; of an owner's documents the oldest is first.
-        None when nothing waits. (CROSS JOIN keeps SQLite to this order of tables, in which their indexes sort.)"""
+        None when nothing waits. (CROSS JOIN fixes the order of the tables, so that their indexes do the sorting.)"""
         now = utc_now()
         claimed = first_row(Document, self._writer.execute(
             "UPDATE documents SET run_id = ?, beat_at = ?, attempts = attempts + 1, progress = 0, message = 'started',"

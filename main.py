@@ -335,7 +335,7 @@ class RequestMiddleware:
                 raise Problem("unsupported_media_type", "Send the body without a Content-Encoding.")
             await self.app(inner_scope, exchange.receive, exchange.send)
         except (Exception, asyncio.CancelledError) as failure:
-            problem = await problem_of(request, failure)  # this logs the failure too
+            problem = await problem_of(request, failure)  # first, as it logs what the operator has to know
             if exchange.status:  # the answer has begun; uvicorn cuts it off
                 raise
             if isinstance(failure, asyncio.CancelledError):
@@ -353,7 +353,7 @@ class Exchange:
 
     A client that still sends while the connection is closed may lose the answer (RFC 9112, 9.6). So the rest of a body
     is read and thrown away. Up to 64 KiB, if they come at once, are read before the answer, and the connection stays
-    open. More is read after the last byte of an answer with `Connection: close`: then it ends, and uvicorn closes."""
+    open. A longer rest is read after the answer, which says `Connection: close`; then uvicorn closes."""
 
     def __init__(self, request: Request, receive: Receive, send: Send) -> None:
         self._receive, self._send, headers = receive, send, request.headers
@@ -368,7 +368,7 @@ class Exchange:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            if self.body_open and not self._expects_100:  # with Expect the client sends nothing yet (RFC 9110, 10.1.1)
+            if self.body_open and not self._expects_100:  # a client that waits for 100 sends nothing (RFC 9110, 10.1.1)
                 await self._drain(0.1, SMALL_BODY)
             self.status = message["status"]
             headers = MutableHeaders(raw=message["headers"])
@@ -533,8 +533,8 @@ class MultipartFile(MultipartParser):
             "on_header_value": lambda data, start, end: self._headers[bytes(self._header_name)].extend(data[start:end]),
             "on_headers_finished": self._on_headers_finished},
             max_header_count=SMALL_BODY, max_header_size=SMALL_BODY)  # as `receive_file` bounds them together
-        # It starts inside of a part that is dropped: that skips a preamble, which RFC 2046, 5.1.1 allows but the parser
-        # refuses. The line break is what the first boundary may lack.
+        # Start as if inside of a dropped part: that skips a preamble, which RFC 2046, 5.1.1 allows and the parser does
+        # not. A boundary needs a line break before it.
         self.state = MultipartState.PART_DATA
         self.write(b"\r\n")
 
@@ -750,8 +750,8 @@ async def upload(request: Request) -> Response:
     return Response(DocumentOut.model_validate(document).model_dump_json(), 201, headers, "application/json")
 
 
-documents.route("/documents/upload", ["POST"])(upload)  # saves a sixth of a small upload's time; adds no prefix
-documents.post(  # only for /docs: the route before it has the same path and serves it
+documents.route("/documents/upload", ["POST"])(upload)  # the one that serves: a sixth faster; adds no prefix
+documents.post(  # the same path again, only for /docs
     "/upload", summary="Upload a PDF or DOCX", status_code=201, response_model=DocumentOut,
     dependencies=[Depends(signed_in)], openapi_extra={
         "parameters": [{"name": "Idempotency-Key", "in": "header", "required": False, "description": "one for a file",
@@ -781,7 +781,7 @@ async def process(document_id: uuid.UUID, request: Request, response: Response, 
 @documents.get("/{document_id:uuid}/status", summary="See how processing goes", response_model=StatusOut)
 async def get_status(document_id: uuid.UUID, request: Request, response: Response, user: CurrentUser,
                      wait: Annotated[float, Query(ge=0, le=30, description="seconds")] = 0) -> Document:
-    """With `wait`, the answer comes when processing has ended, or after that time. Error: `not_found`."""
+    """With `wait`, the answer comes when processing ends, after that time at the latest. Error: `not_found`."""
     end, workers = time.monotonic() + wait, service_of(request).workers
     document = own_document(request, user, document_id)
     while document.status == "PROCESSING" and time.monotonic() < end and not workers.stopping:
