@@ -31,7 +31,7 @@ class InvalidToken(Exception):
 # str_max_length also makes pydantic refuse lone surrogates, which SQLite can't store.
 @dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, str_max_length=64))
 class Claims:
-    """The claims of a token, all required there; times in seconds since the epoch. Raises ValueError for others."""
+    """The claims of a token, each required in it; times in seconds since the epoch. Raises ValueError for others."""
 
     sub: str  # the user's id
     sid: str  # the session's id
