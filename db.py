@@ -215,8 +215,7 @@ class Database:
                 fcntl.flock(lock_file, fcntl.LOCK_UN)  # closing is not enough: a forked child may have it open too
 
     def close(self) -> None:
-        """Waits up to a second for all writes that were submitted, then takes the lock and closes the connections, so
-        that a later write fails. If the writes have not ended by then, the connections stay open."""
+        """Closes the connections, under the lock, when all submitted writes have ended. After a second, leaves them."""
         with contextlib.suppress(TimeoutError):
             self.check_writable().exception(timeout=1)  # this write ends after those that were submitted before it
             with self.lock():  # since closing a connection checkpoints too

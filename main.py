@@ -320,18 +320,19 @@ class RequestMiddleware:
         # Nobody reads cookies, but FastAPI parses them; a hostile one takes old Pythons seconds (CVE-2024-7592).
         scope["headers"] = [header for header in scope["headers"] if header[0] != b"cookie"]
         start, request = time.perf_counter(), Request(scope)
-        request.state.client = request.client.host if request.client else "unknown"
-        sent_id = re.fullmatch(r"[A-Za-z0-9._-]{1,64}", request.headers.get("x-request-id", ""))
-        request_id_of_context.set(sent_id[0] if sent_id else service_of(request).random.randbytes(16).hex())
-        exchange = Exchange(request, receive, send)
+        headers, state = dict(scope["headers"]), scope["state"]  # which routes see as `request.state`
+        state["client"] = scope["client"][0] if scope["client"] else "unknown"
+        state["is_head"] = scope["method"] == "HEAD"
+        sent_id = re.fullmatch(rb"[A-Za-z0-9._-]{1,64}", headers.get(b"x-request-id", b""))
+        request_id_of_context.set(sent_id[0].decode() if sent_id else service_of(request).random.randbytes(16).hex())
+        exchange = Exchange(headers, receive, send)
         path = scope["path"].removeprefix(scope["root_path"])
         path_is_odd = not re.fullmatch("/[A-Za-z0-9_/.-]{,200}", path)  # no route has such a path; it may hold a secret
-        request.state.is_head = request.method == "HEAD"
-        inner_scope = {**scope, "method": "GET"} if request.state.is_head else scope  # uvicorn sends no body
+        inner_scope = {**scope, "method": "GET"} if state["is_head"] else scope  # uvicorn sends no body
         try:
             if path_is_odd:
                 raise Problem("not_found")
-            if exchange.body_open and request.headers.get("content-encoding", "identity") != "identity":
+            if exchange.body_open and headers.get(b"content-encoding", b"identity") != b"identity":
                 raise Problem("unsupported_media_type", "Send the body without a Content-Encoding.")
             await self.app(inner_scope, exchange.receive, exchange.send)
         except (Exception, asyncio.CancelledError) as failure:
@@ -344,8 +345,8 @@ class RequestMiddleware:
         finally:
             log_event("request", method=request.method if re.fullmatch("[A-Z]{1,9}", request.method) else "odd",
                       path="odd" if path_is_odd else path, status=exchange.status,
-                      duration_ms=round(1000 * (time.perf_counter() - start), 3), client=request.state.client,
-                      user=scope["state"].get("username"))
+                      duration_ms=round(1000 * (time.perf_counter() - start), 3), client=state["client"],
+                      user=state.get("username"))
 
 
 class Exchange:
@@ -355,11 +356,11 @@ class Exchange:
     is read and thrown away. Up to 64 KiB, if they come at once, are read before the answer, and the connection stays
     open. A longer rest is read after the answer, which says `Connection: close`; then uvicorn closes."""
 
-    def __init__(self, request: Request, receive: Receive, send: Send) -> None:
-        self._receive, self._send, headers = receive, send, request.headers
+    def __init__(self, headers: Mapping[bytes, bytes], receive: Receive, send: Send) -> None:
+        self._receive, self._send = receive, send
         self.status = 0  # of the answer, once that has begun
-        self.body_open = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"  # still to come
-        self._expects_100 = "expect" in headers
+        self.body_open = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
+        self._expects_100 = b"expect" in headers
 
     async def receive(self) -> Message:
         message = await self._receive()
