@@ -18,9 +18,7 @@ from pydantic.dataclasses import dataclass
 ACCESS = "at+jwt"  # RFC 9068
 REFRESH = "rt+jwt"
 ISSUER = "document-lifecycle-api"
-
 SCRYPT = "scrypt$16384$8$5"  # n, r and p: OWASP's setting for 16 MiB. A hash carries its own.
-
 COMPACT_JWS = re.compile(r"[\w-]{1,512}\.[\w-]{1,4096}\.[\w-]{1,512}", re.ASCII)
 
 

@@ -186,8 +186,7 @@ class Database:
             self._writer.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;"
                                        " PRAGMA foreign_keys = ON; PRAGMA temp_store = MEMORY;")
             if is_new:
-                self._writer.executescript(
-                    f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+                self._writer.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
         threading.Thread(target=self._commit_forever, name="committer", daemon=True).start()
 
     def _is_new(self, path: Path) -> bool:
@@ -238,10 +237,10 @@ class Database:
             self._commit(batch)
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 if self.loop:  # one call for the batch, as one for each write would slow down small uploads
-                    self.loop.call_soon_threadsafe(self._tell, batch)
+                    self.loop.call_soon_threadsafe(self._wake, batch)
 
     @staticmethod
-    def _tell(batch: list[Write[Any]]) -> None:
+    def _wake(batch: list[Write[Any]]) -> None:
         """Lets the coroutines that await these writes go on. It runs in their event loop."""
         for pending in batch:
             pending.ended.set()

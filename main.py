@@ -128,8 +128,7 @@ class JsonFormatter(logging.Formatter):
             text = f": {failure}" if getattr(failure, "errno", None) or isinstance(failure, sqlite3.Error) else ""
             entry["exception"] = type(failure).__name__ + text
             entry["stack"] = "".join(traceback.format_tb(failure.__traceback__, limit=-20))
-        cut = {name: value[-1500:] if isinstance(value, str) else value for name, value in entry.items()}
-        return json.dumps(cut)
+        return json.dumps({name: text[-1500:] if isinstance(text, str) else text for name, text in entry.items()})
 
 
 LOGGING = {  # for logging.config.dictConfig
@@ -403,8 +402,8 @@ class Service:
         self.db, self.storage = open_stores(settings, storage)
         secret = settings.jwt_secret or secret_file(self.db, settings.data_dir / "jwt-secret").encode()
         self.signer = auth.TokenSigner(secret)
-        # Threads of their own, so that publishing to a slow storage holds up no downloads.
-        self.publishers = ThreadPoolExecutor(self.storage.parallel, "publisher")
+        # Threads of their own, so that publishing to a slow storage holds up no downloads. Nearly all they do is wait.
+        self.publishers = ThreadPoolExecutor(16, "publisher")
         self.open_uploads = 0
         self.random = random.Random()  # for ids, which are no secrets: without a system call for each
         self.db.loop = asyncio.get_running_loop()
@@ -590,7 +589,7 @@ async def receive_file(request: Request, incoming: Incoming) -> None:
         if incoming.size > max_size or body_size - incoming.size > SMALL_BODY:
             raise Problem("too_large")
         share = min(HELD_BY_ONE, HELD_BY_ALL // service.open_uploads)
-        if len(incoming.held) >= max(START_BYTES, share):  # `flush` wants START_BYTES
+        if incoming.held_size >= share and incoming.size >= START_BYTES:  # as `flush` needs the start
             await run_in_threadpool(incoming.flush)
     if form.state != MultipartState.END:
         raise FormParserError

@@ -9,6 +9,7 @@ import os
 import re
 import struct
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Iterator
@@ -34,8 +35,6 @@ class Storage(Protocol):
     """A flat store of immutable objects. A key has 1 to 64 letters, digits and hyphens; the server makes it and never
     uses it twice. Whatever goes wrong is an OSError. Several threads and processes may use a storage at once."""
 
-    parallel: int  # calls of `publish` at once: few for a disk, many where they wait for a network
-
     def create(self, key: str) -> BinaryIO:
         """A new file to write, seek and read. It is not visible in the store until `publish`."""
 
@@ -60,8 +59,6 @@ class Storage(Protocol):
 
 class LocalStorage:
     """`Storage` in one folder of a local disk: the file `<key>`, or `<key>.part` before `publish`."""
-
-    parallel = 4
 
     def __init__(self, folder: Path) -> None:
         self._folder = os.fspath(folder)
@@ -128,23 +125,27 @@ class Incoming:
     """One file on its way into the storage. Its start is checked when START_BYTES, or all, have come. `feed` never
     blocks; the other methods wait for the storage, so they are called in a thread. One call at a time."""
 
+    _one_check = threading.Lock()  # of all uploads: each thread that parses a DOCX slows down the event loop
+
     def __init__(self, storage: Storage, key: str) -> None:
         self.key, self.size = key, 0
         self.filename = self.media_type = ""  # to be set before the first `feed`
         self.sha256 = hashlib.sha256()
-        self.held = bytearray()  # what has come, and is not written yet
+        self.held: list[bytes] = []  # pieces that have come, and are not written yet
+        self.held_size = 0  # bytes of memory that these pieces take
         self._storage = storage
         self._file: BinaryIO | None = None
 
     def feed(self, piece: bytes) -> None:
         """Takes the next piece. Raises BadDocument when the file does not begin as its media type does."""
         self.size += len(piece)
-        self.held += piece
-        if self._file is None and len(self.held) >= START_BYTES:
-            self._check_start()
+        self.held.append(piece)
+        self.held_size += len(piece) + 64  # with the piece's share of Python's memory
+        if self.size - len(piece) < START_BYTES <= self.size:
+            self._check_start(b"".join(self.held))
 
-    def _check_start(self) -> None:
-        start = bytes(self.held[:START_BYTES])
+    def _check_start(self, content: bytes) -> None:
+        start = content[:START_BYTES]
         is_good = b"%PDF-" in start if self.media_type == PDF else start.startswith(b"PK\x03\x04")
         if not is_good:
             raise BadDocument("This Office file is encrypted (or of the old .doc format)."
@@ -152,20 +153,23 @@ class Incoming:
 
     def flush(self) -> BinaryIO:
         """Writes what is held, and returns the file. Not to be called before START_BYTES, or all, have come."""
+        content = b"".join(self.held)
+        self.held, self.held_size = [], 0
         if self._file is None:
-            self._check_start()
+            self._check_start(content)
             self._file = self._storage.create(self.key)
-        self.sha256.update(self.held)
-        while self.held:
-            written = self._file.write(self.held)  # perhaps a part, as the file is unbuffered
-            del self.held[:written]
+        self.sha256.update(content)
+        rest = memoryview(content)
+        while rest:
+            rest = rest[self._file.write(rest):]  # an unbuffered file may write only a part
         return self._file
 
     def finish(self) -> None:
         """Writes the rest of the file and publishes it. Raises BadDocument unless it is a PDF or DOCX."""
         file = self.flush()
         if self.media_type == DOCX:
-            check_is_docx(file)
+            with self._one_check:
+                check_is_docx(file)
         self._storage.publish(self.key, file)
 
     def discard(self) -> None:

@@ -900,8 +900,7 @@ HOSTILE: dict[str, tuple[bytes, Expected]] = {
         "one more than the limit": file("a.pdf", PDF.ljust(UPLOAD_LIMIT + 1)),
         "chunks over the limit": chunked(part(PDF.ljust(UPLOAD_LIMIT + 1))),
         "another part over the limit": chunked(part(bytes(UPLOAD_LIMIT), b'form-data; name="x"')),
-        "login of 1 MB": login('{"username": "x", "password": "' + "x" * 10**6 + '"}'),
-        "login form of 1 MB": form("username=x&password=" + "x" * 10**6)}),
+        "login of 1 MB": login('{"username": "x", "password": "' + "x" * 10**6 + '"}')}),
     **answered(INVALID, {
         "closed at once": sent(b"--b--\r\n"), "two files": sent(part() * 2 + b"--b--"), "no filename": file(""),
         "file as text": sent(part(disposition=b'form-data; name="file"') + b"--b--"),
@@ -922,10 +921,8 @@ HOSTILE: dict[str, tuple[bytes, Expected]] = {
     **answered(UNSUPPORTED, {
         "no multipart": sent(WHOLE, Content_Type="application/pdf"), "no type": sent(WHOLE, Content_Type=None),
         "gzip": sent(WHOLE, Content_Encoding="gzip"), "login without a type": wire("POST /auth/login"),
-        "login as text": login('{"username": "x", "password": "x"}', "text/plain"),
-        "login as multipart": login(WHOLE, "multipart/form-data; boundary=b"),
         **{f"filename: {name!r}": file(name) for name in ("pdf", "a.exe", "a.pdf.exe", "a.pdf\0.exe", "../..")},
-        "no PDF, and no end": sent(part(bytes(1100)), Content_Length="1000000"),
+        "login as text": login("{}", "text/plain"), "no PDF, no end": sent(part(bytes(1100)), Content_Length="1000000"),
         **{f"PDF: {name}": file("a.pdf", content) for name, content in {
             "EXE": b"MZ\x90\0" + bytes(2000), "DOCX": docx(), "behind 1,024 bytes": bytes(1024) + PDF}.items()},
         **{f"DOCX: {name}": file("a.docx", content) for name, content in {
@@ -937,26 +934,23 @@ HOSTILE: dict[str, tuple[bytes, Expected]] = {
             "encrypted ZIP": with_fields("[Content_Types].xml", flag_bits=1),
             "unknown compression": with_fields("[Content_Types].xml", compress_type=14), "truncated": docx()[:-30],
             "the start of one": docx()[:8], "not from the start": b"x" + docx(),
-            "1000:1 content types": bomb("[Content_Types].xml", 3),
+            "1000:1": bomb("[Content_Types].xml", 3), "size": with_fields("[Content_Types].xml", file_size=10),
             "10,001 entries": docx(entries={str(i): b"" for i in range(9999)}, compression=zipfile.ZIP_STORED),
-            "lying size": with_fields("[Content_Types].xml", file_size=10),
             "entries before the file": docx()[:-6] + b"\xff\xff\0\0" + docx()[-2:],
             "lying offset": with_fields("[Content_Types].xml", header_offset=2**31),
             "two content types": docx(entries={"[Content_Types].xmm": b"<x/>"}).replace(b".xmm", b".xml"),
             "two, in other letters": docx(entries={"[CONTENT_TYPES].XML": b"<x/>"}),
             "no XML": typed(CONTENT_TYPES[:-1]), "entity bomb": typed(EXPANDED),
-            "UTF-16 bomb": typed(EXPANDED, "utf-16"),
+            "UTF-16 bomb": typed(EXPANDED, "utf-16"), "UTF-32": typed(CONTENT_TYPES, "utf-32"),
             "DTD in UTF-16 without its mark": typed("<!DOCTYPE a>" + CONTENT_TYPES.partition("?>")[2], "utf-16-le"),
-            "external entity": typed(CONTENT_TYPES.replace("?>", "?><!DOCTYPE Types SYSTEM 'file:///etc/passwd'>")),
-            "UTF-32": typed(CONTENT_TYPES, "utf-32")}.items()}}),
+            "extern": typed(CONTENT_TYPES.replace("?>", "?><!DOCTYPE Types SYSTEM 'file:///etc/passwd'>"))}.items()}}),
     **{f"filename: {name[:20]!a}": (file(name), (201, shown)) for name, shown in {
         "a\0b.pdf\0.exe.pdf": "ab.pdf.exe.pdf", "../../etc/cron.d/a.pdf": "a.pdf", "..\\..\\a.pdf": "a.pdf",
         "C:\\fake\\a.pdf": "a.pdf", "../.pdf": "document.pdf", "x" * 10_000 + ".pdf": "x" * 251 + ".pdf",
         "\u00e4" * 300 + ".pdf": "\u00e4" * 125 + ".pdf", "a\u202efdp.exe\u202c.pdf": "afdp.exe.pdf",
         "e\u0301.pdf": "\u00e9.pdf", "a\x1b\x7f\u0085b.pdf": "ab.pdf", "\u2067\u200f.pdf": "document.pdf",
         "\udcff\udcc0\udcae.pdf": "\ufffd\ufffd\ufffd.pdf", "\udced\udca0\udc80.pdf": "\ufffd\ufffd\ufffd.pdf",
-        'a\\"; filename=\\"b.exe\\".pdf': 'a"; filename="b.exe".pdf', "a\nX-Evil: 1.pdf": "aX-Evil: 1.pdf",
-        "a%0d%0aX-Evil: 1.pdf": "a%0d%0aX-Evil: 1.pdf"}.items()},
+        'a\\"; filename=\\"b.exe\\".pdf': 'a"; filename="b.exe".pdf', "a\nX-Evil: 1.pdf": "aX-Evil: 1.pdf"}.items()},
     **answered(UNKNOWN, {f"GET {path[:40]}": wire(f"GET {path}") for path in (
         "/nowhere", "/documents/", "/documents/1", "/documents/00000000-0000-4000-8000-00000000000g",
         "/documents/../../etc/passwd", "/documents/..%2f..%2fdocuments.db", f"{NOBODYS}%2ffile", "/documents/%ff%c0%ae",
@@ -1077,9 +1071,8 @@ def test_a_body_that_dribbles_gets_408(client: httpx.Client, monkeypatch: Patch,
     'filename="=?koi8-r?Q?=D6?= =?utf-8?Q?.pdf?="': "ж.pdf", 'filename="=?iso-2022-jp?B?GyRCOEAbKEIucGRm?="': "言.pdf",
     'filename="=?utf-8?B?w6kucGRm?="; filename*=utf-8\'\'%C3%A9b.pdf': "éb.pdf", "filename*=utf-8''a.pdf": "a.pdf",
     "filename*=utf-8''a.pdf; filename=b.pdf": "a.pdf", "FileName*=iso-8859-1'en'%E9's.pdf": "é's.pdf",
-    "filename=b.pdf; filename*=utf-8''": "b.pdf",
-    "filename=b.pdf; filename*=utf-8''%FF.pdf": "b.pdf", "filename=b.pdf; filename*=nope''a.pdf": "b.pdf",
-    "filename=b.pdf; filename*=zip''a.pdf": "b.pdf", 'filename="filename*=b.pdf"': "filename*=b.pdf",
+    **{f"filename=b.pdf; filename*={name}": "b.pdf" for name in ("utf-8''", "utf-8''%FF.pdf", "nope''x", "zip''a.pdf")},
+    'filename="filename*=b.pdf"': "filename*=b.pdf",
     'filename="=?nope?Q?a?=.pdf"': "=?nope?Q?a?=.pdf", 'filename="=?nope?Q?a.pdf?="': None,
     'filename="=?utf-8?Q?=FF.pdf?="': None, 'filename="=?utf-8?B?x?="': None, 'filename="=?rot13?Q?n.cqs?="': None,
     'filename="=?zip?B?eJxLzCtISQMABgoCDQ==?="': None, "filename*=utf-7''%2B2AA-a.pdf": "a.pdf",
@@ -1120,7 +1113,6 @@ def test_multipart_is_as_rfc_2046_allows_it(
     ("a.pdf", PDF[:-7]), ("changed.docx", docx(compression=zipfile.ZIP_STORED).replace(b"<document/>", b"<dOcument/>")),
     ("encrypted.docx", with_fields("word/document.xml", flag_bits=1)),
     ("no deflate.docx", with_fields("word/document.xml", compress_type=zipfile.ZIP_DEFLATED)),
-    ("unknown compression.docx", with_fields("word/document.xml", compress_type=14)),
     ("size.docx", with_fields("word/document.xml", file_size=5)), ("crc.docx", with_fields("word/document.xml", CRC=1)),
     ("no main part.docx", typed(CONTENT_TYPES.replace("/word/document.xml", "/elsewhere.xml")))])
 def test_a_damaged_document_ends_failed(client: httpx.Client, filename: str, content: bytes) -> None:
@@ -1164,6 +1156,9 @@ def test_reading_a_bomb_is_bounded(monkeypatch: Patch, request: pytest.FixtureRe
     check_is_docx(io.BytesIO(typed(CONTENT_TYPES.replace("</", f"<x {names}/></"))))
     with pytest.raises(BadDocument):
         check_is_whole(bombs[1], DOCX)
+    pieces = storage.Incoming(MemoryStorage(), "key")
+    assert not any(map(pieces.feed, (bytes(bytearray(b"PK\3\4")) for _ in range(9999))))
+    assert pieces.held_size > sum(map(sys.getsizeof, (pieces.held, *pieces.held)))
     assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
 
 
@@ -1522,7 +1517,6 @@ def test_the_log_names_no_unknown_user_and_the_table_keeps_a_hash(server: Proces
 
 class MemoryStorage:
     """The protocol in memory: what another store would be."""
-    parallel = 2
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
@@ -1726,7 +1720,12 @@ def test_an_unexpected_error_is_told_to_the_log_alone(steps: Steps, caplog: pyte
 @pytest.mark.parametrize("faulty_step, expected", [("publish", {200: 1, 201: 19, 507: 1}), ("sync", {507: 21})])
 def test_uploads_that_wait_together_share_one_sync_and_its_failure(
         steps: Steps, faulty_step: str, expected: dict[int, int], monkeypatch: Patch) -> None:
-    """They all wait while another one's sync goes on. A sync that failed is not repeated: it could succeed then."""
+    """They wait while another one's sync goes on. A failed sync is not repeated. Of DOCX, one is checked at a time."""
+    def check(file: BinaryIO) -> None:
+        seen.append("check")
+        time.sleep(0.001)
+        seen.append("checked")
+    monkeypatch.setattr(storage, "check_is_docx", check)
     monkeypatch.setattr(main, "repeat", lambda *_: asyncio.sleep(0))  # no writes in the background
     go, seen, faults = threading.Event(), list[str](), [OSError(errno.ENOSPC, "full")]
 
@@ -1741,12 +1740,13 @@ def test_uploads_that_wait_together_share_one_sync_and_its_failure(
         first = pool.submit(upload, client)
         until(lambda: "sync" in seen)
         login = pool.submit(guess, client, PASSWORD)  # its session waits with the rows of the uploads
-        others = [pool.submit(upload, client) for _ in range(20)]
+        others = [pool.submit(upload, client, docx(), "a.docx") for _ in range(20)]
         until(lambda: seen.count("publish") == 21 and seen.count("publish done") == 20 + len(faults))
         go.set()
         assert first.result().status_code == 201
         assert Counter([login.result(), *(other.result().status_code for other in others)]) == expected
         assert seen.count("sync") == 2
+        assert [step for step in seen if step.startswith("check")] == ["check", "checked"] * 20
         until(lambda: stored_files(steps.settings) == sorted(
             document["document_id"] for document in client.get("/documents").json()))
 
