@@ -57,7 +57,6 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, MultipartState, parse_options_header
 from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.routing import Match
@@ -371,12 +370,13 @@ class Exchange:
             if self.body_open and not self._expects_100:  # a client that waits for 100 sends nothing (RFC 9110, 10.1.1)
                 await self._drain(0.1, SMALL_BODY)
             self.status = message["status"]
-            headers = MutableHeaders(raw=message["headers"])
-            headers.setdefault("Cache-Control", "no-store")
+            headers = message["headers"]
+            if b"cache-control" not in dict(headers):
+                headers.append((b"cache-control", b"no-store"))
             if self.body_open:
-                headers["Connection"] = "close"
-            headers.raw.extend([(b"x-request-id", request_id_of_context.get().encode()),
-                                (b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY")])
+                headers.append((b"connection", b"close"))
+            headers += [(b"x-request-id", request_id_of_context.get().encode()),
+                        (b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY")]
         elif self.body_open and not message.get("more_body", False):
             await self._send({**message, "more_body": True})  # the last bytes of the answer, but not its end
             await self._drain(DRAIN_SECONDS, DRAIN_BYTES)
