@@ -319,7 +319,7 @@ class RequestMiddleware:
         scope["headers"] = [header for header in scope["headers"] if header[0] != b"cookie"]
         start, request = time.perf_counter(), Request(scope)
         headers, state = dict(scope["headers"]), scope["state"]  # which routes see as `request.state`
-        state["client"] = scope["client"][0] if scope["client"] else "unknown"
+        state["client"] = scope["client"][0] if scope.get("client") else "unknown"
         state["is_head"] = scope["method"] == "HEAD"
         sent_id = re.fullmatch(rb"[A-Za-z0-9._-]{1,64}", headers.get(b"x-request-id", b""))
         request_id_of_context.set(sent_id[0].decode() if sent_id else service_of(request).random.randbytes(16).hex())
