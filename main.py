@@ -326,7 +326,7 @@ class RequestMiddleware:
         exchange = Exchange(headers, receive, send)
         path = scope["path"].removeprefix(scope["root_path"])
         path_is_odd = not re.fullmatch("/[A-Za-z0-9_/.-]{,200}", path)  # no route has such a path; it may hold a secret
-        inner_scope = {**scope, "method": "GET"} if state["is_head"] else scope  # uvicorn sends no body
+        inner_scope = {**scope, "method": "GET"} if state["is_head"] else scope  # uvicorn leaves out the body
         try:
             if path_is_odd:
                 raise Problem("not_found")
@@ -589,7 +589,7 @@ async def receive_file(request: Request, incoming: Incoming) -> None:
         if incoming.size > max_size or body_size - incoming.size > SMALL_BODY:
             raise Problem("too_large")
         share = min(HELD_BY_ONE, HELD_BY_ALL // service.open_uploads)
-        if incoming.held_size >= share and incoming.size >= START_BYTES:  # as `flush` needs the start
+        if incoming.held_size >= share and incoming.size >= START_BYTES:  # the start was checked
             await run_in_threadpool(incoming.flush)
     if form.state != MultipartState.END:
         raise FormParserError
@@ -675,7 +675,7 @@ class Workers:
             except (sqlite3.Error, OSError) as failure:  # no fault of the pipeline, and no harm: it is only logged
                 log_event("storage_error", logging.ERROR, failure=failure)
 
-        file = self._storage.open(document.document_id)
+        file = self._storage.open(document.document_id)  # not in the `try`: a storage that is away fails no document
         try:
             with file:
                 result = json.dumps(self._pipeline(file, document, progress), allow_nan=False)
@@ -750,8 +750,8 @@ async def upload(request: Request) -> Response:
     return Response(DocumentOut.model_validate(document).model_dump_json(), 201, headers, "application/json")
 
 
-documents.route("/documents/upload", ["POST"])(upload)  # this route serves: a sixth faster; `route` adds no prefix
-documents.post(  # FastAPI's route for the same path, only for /docs
+documents.route("/documents/upload", ["POST"])(upload)  # the route that serves: Starlette's is a sixth faster
+documents.post(  # the route that documents: FastAPI's, which is never reached
     "/upload", summary="Upload a PDF or DOCX", status_code=201, response_model=DocumentOut,
     dependencies=[Depends(signed_in)], openapi_extra={
         "parameters": [{"name": "Idempotency-Key", "in": "header", "required": False, "description": "one for a file",
@@ -800,7 +800,7 @@ async def get_result(document_id: uuid.UUID, request: Request, user: CurrentUser
         return Response(answer, media_type="application/json")
     if document.status == "FAILED":
         raise Problem("processing_failed", error=json.loads(document.error or "null"))
-    raise Problem("still_processing" if document.status == "PROCESSING" else "not_processed")
+    raise Problem({"UPLOADED": "not_processed", "PROCESSING": "still_processing"}.get(document.status, "not_found"))
 
 
 @documents.get("", summary="List your documents", response_model=list[DocumentOut])
@@ -964,7 +964,6 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
         title="Document Lifecycle API", version="1.0.0", description=DESCRIPTION,
         lifespan=lambda _: running_service(settings or Settings.from_environment(os.environ), storage, pipeline),
         redirect_slashes=False, redoc_url=None,
-        telemetry={"tracing": False, "metrics": False, "logs": False},  # FastAPI's OpenTelemetry: nothing collects it
         exception_handlers={HTTPException: problem_of, RequestValidationError: problem_of},
         middleware=[Middleware(RequestMiddleware)],
         routes=[*documents.routes, *sessions.routes, *health.routes])  # `include_router` matches each path twice
@@ -1013,24 +1012,26 @@ async def repeat(action: Callable[[], Awaitable[None]], seconds: float) -> None:
 
 
 async def follow_uvicorn(service: Service) -> None:
-    """Gives uvicorn's server the grace, and its listening sockets options that connections inherit. At SIGTERM it stops
-    the workers, and so the long polls, while the lifespan goes on only when all requests have ended."""
+    """Gives uvicorn's server the grace, and at SIGTERM stops workers and long polls: the lifespan ends only later."""
     server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)  # uvicorn's handler is a method of its server
     if not isinstance(server, uvicorn.Server):
         return  # other servers have settings of their own for the grace
     server.config.timeout_graceful_shutdown = service.settings.shutdown_seconds  # type: ignore[assignment]
     while not server.started:
         await asyncio.sleep(0.05)
-    idle_milliseconds = int(1000 * service.settings.upload_idle_seconds) or 1  # 0 would be the system's default
-    for listening in [sock for each in server.servers for sock in each.sockets]:
-        with contextlib.suppress(OSError, AttributeError):  # a Unix socket; macOS has no TCP_USER_TIMEOUT
-            # Without TCP_NODELAY, which asyncio leaves out when uvicorn runs several workers, answers may wait 40 ms.
-            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # TCP_USER_TIMEOUT ends a connection whose client takes nothing (tcp(7)).
-            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, idle_milliseconds)
+    set_socket_options(server, service.settings.upload_idle_seconds)
     while not server.should_exit:
         await asyncio.sleep(0.1)
     service.workers.stop()
+
+
+def set_socket_options(server: uvicorn.Server, idle_seconds: float) -> None:
+    """Connections inherit these options (tcp(7)). Without TCP_NODELAY, which asyncio leaves out when uvicorn runs
+    several workers, answers may wait 40 ms. TCP_USER_TIMEOUT ends a connection whose client takes nothing."""
+    for listening in [sock for each in server.servers for sock in each.sockets]:
+        with contextlib.suppress(OSError, AttributeError):  # a Unix socket; macOS has no TCP_USER_TIMEOUT
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * idle_seconds) or 1)
 
 
 # Commands

@@ -125,8 +125,6 @@ class Incoming:
     """One file on its way into the storage. Its start is checked when START_BYTES, or all, have come. `feed` never
     blocks; the other methods wait for the storage, so they are called in a thread. One call at a time."""
 
-    _one_check = threading.Lock()  # of all uploads: each thread that parses a DOCX slows down the event loop
-
     def __init__(self, storage: Storage, key: str) -> None:
         self.key, self.size = key, 0
         self.filename = self.media_type = ""  # to be set before the first `feed`
@@ -142,21 +140,20 @@ class Incoming:
         self.held.append(piece)
         self.held_size += len(piece) + 64  # with the piece's share of Python's memory
         if self.size - len(piece) < START_BYTES <= self.size:
-            self._check_start(b"".join(self.held))
+            self._check_start()
 
-    def _check_start(self, content: bytes) -> None:
-        start = content[:START_BYTES]
+    def _check_start(self) -> None:
+        start = b"".join(self.held)[:START_BYTES]
         is_good = b"%PDF-" in start if self.media_type == PDF else start.startswith(b"PK\x03\x04")
         if not is_good:
             raise BadDocument("This Office file is encrypted (or of the old .doc format)."
                               if start.startswith(OLE_MAGIC) else "The content is not what the extension says.")
 
     def flush(self) -> BinaryIO:
-        """Writes what is held, and returns the file. Not to be called before START_BYTES, or all, have come."""
+        """Writes what is held, and returns the file. Not to be called before the start was checked."""
         content = b"".join(self.held)
         self.held, self.held_size = [], 0
         if self._file is None:
-            self._check_start(content)
             self._file = self._storage.create(self.key)
         self.sha256.update(content)
         rest = memoryview(content)
@@ -166,9 +163,11 @@ class Incoming:
 
     def finish(self) -> None:
         """Writes the rest of the file and publishes it. Raises BadDocument unless it is a PDF or DOCX."""
+        if self.size < START_BYTES:
+            self._check_start()
         file = self.flush()
         if self.media_type == DOCX:
-            with self._one_check:
+            with ONE_CHECK:
                 check_is_docx(file)
         self._storage.publish(self.key, file)
 
@@ -187,11 +186,11 @@ MAIN_PART = f"{DOCX}.main+xml"
 CONTENT_TYPES = "/[content_types].xml"
 MAX_ENTRIES, MAX_DIRECTORY = 10_000, 2**21  # of a ZIP directory: number, bytes
 MAX_CONTENT_TYPES, MAX_MAIN_PART = 2**18, 512 * 2**20  # bytes, unpacked
+ONE_CHECK = threading.Lock()  # held while an upload's DOCX is checked: each thread that parses slows the event loop
 
 
 class BoundedReads:
-    """Cuts each read at MAX_DIRECTORY, so that zipfile refuses a larger directory. (It calls read(-1) for no more than
-    the last 64 KiB.)"""
+    """Cuts each read at MAX_DIRECTORY: zipfile refuses a larger directory. (With read(-1) it reads 64 KiB at most.)"""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.seek, self.tell, self.seekable = file, file.seek, file.tell, file.seekable
