@@ -137,8 +137,8 @@ def first_row(make: Callable[..., T], rows: sqlite3.Cursor) -> T | None:
 
 
 class Write(Future[T]):
-    """A write on its way to the disk: done when it is there, or has failed. Threads wait for the Future, coroutines for
-    `ended`, which is set in their event loop."""
+    """A write on its way to the disk. `_apply` runs its operation, which gives the outcome. Once that is on disk,
+    `_commit` makes it the result, which threads wait for, and `_wake` sets `ended`, which coroutines wait for."""
 
     def __init__(self, operation: Callable[[], T]) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ class Database:
         since clients that were answered together write together again."""
         batch: list[Write[Any]] = []
         while True:
-            expected = len(batch) - 1  # minus one: the last batch may have held the renewal of leases
+            expected = len(batch) - 1  # as many as in the last batch, but for one that may have renewed the leases
             batch = [self._submitted.get()]
             end = time.monotonic() + 0.02
             while len(batch) + self._submitted.qsize() < expected and time.monotonic() < end:

@@ -326,11 +326,11 @@ class RequestMiddleware:
         exchange = Exchange(headers, receive, send)
         path = scope["path"].removeprefix(scope["root_path"])
         path_is_odd = not re.fullmatch("/[A-Za-z0-9_/.-]{,200}", path)  # no route has such a path; it may hold a secret
-        inner_scope = {**scope, "method": "GET"} if state["is_head"] else scope  # uvicorn leaves out the body
+        inner_scope = {**scope, "method": "GET"} if state["is_head"] else scope  # uvicorn sees HEAD: it sends no body
         try:
             if path_is_odd:
                 raise Problem("not_found")
-            if exchange.body_open and headers.get(b"content-encoding", b"identity") != b"identity":
+            if exchange.body_open and set(request.headers.getlist("content-encoding")) - {"identity"}:
                 raise Problem("unsupported_media_type", "Send the body without a Content-Encoding.")
             await self.app(inner_scope, exchange.receive, exchange.send)
         except (Exception, asyncio.CancelledError) as failure:
