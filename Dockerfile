@@ -10,7 +10,7 @@ WORKDIR /app
 COPY requirements.txt ./
 RUN sed -i '/^# Tests/,$d' requirements.txt && pip install --no-cache-dir -r requirements.txt
 
-# The mode, in case the umask of the clone lets nobody else read. The import, which has no side effects, fails here if
+# The mode, in case the umask of the clone lets nobody else read. The import, which opens no file, fails here if
 # anything is missing, and leaves the bytecode that the user below could not write.
 COPY main.py auth.py db.py storage.py ./
 RUN chmod a+r ./*.py && python -c 'import main'

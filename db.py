@@ -5,6 +5,7 @@ its fsyncs. Methods marked with `write` return a Write: a coroutine awaits it, a
 queries read over a second connection, which never waits for writers (WAL)."""
 import asyncio
 import contextlib
+import copy
 import fcntl
 import functools
 import json
@@ -157,6 +158,8 @@ class Write(Future[T]):
                 await self.ended.wait()
         except TimeoutError:
             raise InDoubt("the write took too long") from None
+        if failure := self.exception():  # of the whole batch, perhaps: a copy, as each `raise` lengthens a traceback
+            raise copy.copy(failure).with_traceback(failure.__traceback__)
         return self.result()
 
 
@@ -276,7 +279,7 @@ class Database:
                 raise
             self._writer.execute("ROLLBACK TO operation")
             pending.set_exception(error)
-        self._writer.execute("RELEASE operation")
+        self._writer.execute("RELEASE operation")  # also after ROLLBACK TO, which keeps the savepoint
 
     @write
     def check_writable(self) -> None:
@@ -353,8 +356,8 @@ class Database:
 
     @write
     def rotate(self, session_id: str, user_id: str, used_jti: str) -> Session | None:
-        """Exchanges a refresh token. The current one gets a new successor; the one before it gets the same successor
-        again, within REFRESH_GRACE. None for any other, and when the session has ended."""
+        """Exchanges a refresh token. The current one gets a new successor. The one before it gets the same successor
+        again, within REFRESH_GRACE and until that is used. None for any other, and when the session has ended."""
         session = first_row(Session, self._writer.execute(
             "SELECT session_id, user_id, username, expires_at, refresh_jti, rotated_at, previous_jti"
             " FROM sessions JOIN users USING (user_id) WHERE session_id = ? AND user_id = ?", (session_id, user_id)))
@@ -458,8 +461,8 @@ class Database:
 
     @write
     def claim(self, run_id: str) -> Document | None:
-        """Gives a waiting document to this new run. Owners take turns; of an owner's documents the oldest is first.
-        None when nothing waits. (CROSS JOIN fixes the order of the tables, so that their indexes do the sorting.)"""
+        """Gives the oldest waiting document of the owner whose turn it is to this run alone (writes are serial). None
+        when nothing waits. (CROSS JOIN fixes the order of the tables, so that their indexes do the sorting.)"""
         now = utc_now()
         claimed = first_row(Document, self._writer.execute(
             "UPDATE documents SET run_id = ?, beat_at = ?, attempts = attempts + 1, progress = 0, message = 'started',"

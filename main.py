@@ -44,7 +44,7 @@ from email.header import decode_header
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, TypeVar, cast
+from typing import Annotated, Any, BinaryIO, Literal, cast
 from urllib.parse import parse_qsl, quote, unquote_to_bytes
 
 import uvicorn
@@ -66,8 +66,6 @@ import auth
 from db import Database, Document, InDoubt, RunEnded, Session, Status, Throttled, User, utc_now
 from storage import (DOCX, MEDIA_TYPES, PDF, START_BYTES, BadDocument, Incoming, LocalStorage, Storage, check_is_whole,
                      fsync_folder, make_folder, private_opener)
-
-Model = TypeVar("Model", bound=BaseModel)
 
 # Settings
 
@@ -339,7 +337,7 @@ class RequestMiddleware:
                 raise
             if isinstance(failure, asyncio.CancelledError):
                 exchange.body_open = False  # the grace is over: no time is left to read the rest
-            await problem(scope, exchange.receive, exchange.send)
+            await problem(scope, exchange.receive, exchange.send)  # as a Response, it is an ASGI app
         finally:
             log_event("request", method=request.method if re.fullmatch("[A-Z]{1,9}", request.method) else "odd",
                       path="odd" if path_is_odd else path, status=exchange.status,
@@ -400,13 +398,13 @@ class Service:
     def __init__(self, settings: Settings, storage: Storage | None, pipeline: "Pipeline | None") -> None:
         self.settings = settings
         self.db, self.storage = open_stores(settings, storage)
+        self.db.loop = asyncio.get_running_loop()  # in which writes are awaited
         secret = settings.jwt_secret or secret_file(self.db, settings.data_dir / "jwt-secret").encode()
         self.signer = auth.TokenSigner(secret)
         # Threads of their own, so that publishing to a slow storage holds up no downloads. Nearly all they do is wait.
         self.publishers = ThreadPoolExecutor(16, "publisher")
         self.open_uploads = 0
         self.random = random.Random()  # for ids, which are no secrets: without a system call for each
-        self.db.loop = asyncio.get_running_loop()
         self.password_checks = asyncio.Semaphore(2)  # scrypt takes 16 MiB and a processor
         self.logins_under_way: list[str] = []  # the throttle key of each
         self.workers = Workers(self, pipeline or partial(simulated_pipeline, seconds=settings.process_seconds))
@@ -502,8 +500,8 @@ async def body_chunks(request: Request, limit: int, seconds: float = 0) -> Async
         yield message.pop("body", b"")  # pop, so that an idle upload does not keep its last chunk in memory
 
 
-async def read_fields(request: Request, model: type[Model]) -> Model:
-    """A small body, JSON or an HTML form, as this model."""
+async def read_fields(request: Request, model: type[BaseModel]) -> Any:
+    """A small body, JSON or an HTML form, as an instance of this model."""
     media_type, _ = parse_options_header(request.headers.get("content-type"))
     if media_type not in (b"application/json", b"application/x-www-form-urlencoded"):
         raise Problem("unsupported_media_type", "Send application/json or application/x-www-form-urlencoded.")
@@ -796,7 +794,7 @@ async def get_status(document_id: uuid.UUID, request: Request, response: Respons
 async def get_result(document_id: uuid.UUID, request: Request, user: CurrentUser) -> Response:
     """What the pipeline made of it. Errors: `not_found`, `not_processed`, `still_processing`, `processing_failed`."""
     document = own_document(request, user, document_id)
-    if answer := service_of(request).db.result(document.document_id):
+    if answer := service_of(request).db.result(document.document_id):  # none, too, when it was deleted meanwhile
         return Response(answer, media_type="application/json")
     if document.status == "FAILED":
         raise Problem("processing_failed", error=json.loads(document.error or "null"))
@@ -874,7 +872,7 @@ def tokens_of(service: Service, session: Session) -> Tokens:
 @sessions.post("/login", summary="Log in with user name and password", openapi_extra=form_or_json(Credentials))
 async def login(request: Request) -> Tokens:
     """Gives an access and a refresh token (OAuth 2 password grant). Errors: `invalid_grant`, `too_many_attempts`."""
-    credentials = await read_fields(request, Credentials)
+    credentials: Credentials = await read_fields(request, Credentials)
     service, client = service_of(request), request.state.client
     throttle_key, name_hash = auth.throttle_key(client), service.signer.name_hash(credentials.username)
     if service.logins_under_way.count(throttle_key) >= LOGINS_AT_ONCE:
@@ -907,7 +905,7 @@ async def login(request: Request) -> Tokens:
 async def refresh(request: Request) -> Tokens:
     """Replaces the refresh token. The old token gives the same successor for 10 seconds more, unless the successor was
     used. Any later use, until it expires, ends the session (RFC 9700, 4.14.2). Error: `invalid_grant`."""
-    body = await read_fields(request, RefreshToken)
+    body: RefreshToken = await read_fields(request, RefreshToken)
     service = service_of(request)
     try:
         claims = service.signer.verify(auth.REFRESH, body.refresh_token)
@@ -926,7 +924,7 @@ async def refresh(request: Request) -> Tokens:
                openapi_extra=form_or_json(RefreshToken))
 async def logout(request: Request) -> None:
     """Ends the session: its access and refresh tokens stop working at once."""
-    body = await read_fields(request, RefreshToken)
+    body: RefreshToken = await read_fields(request, RefreshToken)
     service = service_of(request)
     with contextlib.suppress(auth.InvalidToken):  # 204 all the same (RFC 7009, 2.2)
         claims = service.signer.verify(auth.REFRESH, body.refresh_token, allow_expired=True)

@@ -1717,9 +1717,9 @@ def test_an_unexpected_error_is_told_to_the_log_alone(steps: Steps, caplog: pyte
     assert [json.loads(line)["exception"] for line in lines if "in broken" in line] == ["OSError", "RuntimeError"]
 
 
-@pytest.mark.parametrize("faulty_step, expected", [("publish", {200: 1, 201: 19, 507: 1}), ("sync", {507: 21})])
+@pytest.mark.parametrize("fault, expected", [("publish", {200: 1, 201: 19, 507: 1}), ("sync", {507: 21})])
 def test_uploads_that_wait_together_share_one_sync_and_its_failure(
-        steps: Steps, faulty_step: str, expected: dict[int, int], monkeypatch: Patch) -> None:
+        steps: Steps, fault: str, expected: Counter[int], monkeypatch: Patch, caplog: pytest.LogCaptureFixture) -> None:
     """They wait while another one's sync goes on. A failed sync is not repeated. Of DOCX, one is checked at a time."""
     def check(file: BinaryIO) -> None:
         seen.append("check")
@@ -1733,7 +1733,7 @@ def test_uploads_that_wait_together_share_one_sync_and_its_failure(
         seen.append(step)
         if step == "sync" and seen.count("sync") == 1:
             assert go.wait(30)
-        elif step == faulty_step and "sync" in seen and faults:
+        elif step == fault and "sync" in seen and faults:
             raise faults.pop()
     with steps.running() as client, ThreadPoolExecutor(22) as pool:
         steps.tell = tell
@@ -1745,8 +1745,8 @@ def test_uploads_that_wait_together_share_one_sync_and_its_failure(
         go.set()
         assert first.result().status_code == 201
         assert Counter([login.result(), *(other.result().status_code for other in others)]) == expected
-        assert seen.count("sync") == 2
-        assert [step for step in seen if step.startswith("check")] == ["check", "checked"] * 20
+        assert (seen.count("sync"), [step for step in seen if "check" in step]) == (2, ["check", "checked"] * 20)
+        assert len({record.exc_info[1] for record in caplog.records if record.exc_info}) == expected[507]
         until(lambda: stored_files(steps.settings) == sorted(
             document["document_id"] for document in client.get("/documents").json()))
 
