@@ -151,8 +151,7 @@ class Write(Future[T]):
         return self._on_disk().__await__()
 
     async def _on_disk(self) -> T:
-        """What the operation returned, once it is on disk. Raises InDoubt after WRITE_SECONDS; the write itself is not
-        cancelled then (`asyncio.wrap_future` would cancel it)."""
+        """The outcome, once it is on disk; InDoubt after WRITE_SECONDS. (`wrap_future` would cancel the write then.)"""
         try:
             async with asyncio.timeout(WRITE_SECONDS):
                 await self.ended.wait()
