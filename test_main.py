@@ -924,7 +924,7 @@ HOSTILE: dict[str, tuple[bytes, Expected]] = {
         **{f"filename: {name!r}": file(name) for name in ("pdf", "a.exe", "a.pdf.exe", "a.pdf\0.exe", "../..")},
         "login as text": login("{}", "text/plain"), "no PDF, no end": sent(part(bytes(1100)), Content_Length="1000000"),
         **{f"PDF: {name}": file("a.pdf", content) for name, content in {
-            "EXE": b"MZ\x90\0" + bytes(2000), "DOCX": docx(), "behind 1,024 bytes": bytes(1024) + PDF}.items()},
+            "EXE": b"MZ\x90\0".ljust(1024), "DOCX": docx(), "behind 1,024 bytes": bytes(1024) + PDF}.items()},
         **{f"DOCX: {name}": file("a.docx", content) for name, content in {
             "PDF": PDF, "Excel": docx(MAIN_PART.replace("wordprocessingml.document", "spreadsheetml.sheet")),
             "template": docx(MAIN_PART.replace(".document.", ".template.")),
@@ -2143,8 +2143,8 @@ def test_a_full_disk_is_told_and_got_over(tmp_path: Path) -> None:
     with Server(tmp_path, DOCS_PROCESS_SECONDS="0", DOCS_LEASE_SECONDS="0.5") as server, server.client() as client:
         path, other, pid = uploaded(client), uploaded(client), server.process.pid
         soft, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))  # no byte more can be written: EFBIG
         for file in ((PDF, "a.pdf"), (content, "a.pdf"), (PDF.ljust(2_500_000), "a.pdf"), (docx(), "a.docx")):
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (len(file[0]) // 2, hard))  # after half of it: EFBIG
             assert code_of(upload(client, *file)) == (507, "insufficient_storage")
         assert [client.get(f"/{probe}").json().get("code") for probe in ("readyz", "healthz")] == ["unavailable", None]
         for answer in (client.post(f"{path}/process"), client.delete(path)):
