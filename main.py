@@ -402,7 +402,7 @@ class Service:
         secret = settings.jwt_secret or secret_file(self.db, settings.data_dir / "jwt-secret").encode()
         self.signer = auth.TokenSigner(secret)
         # Threads of their own, so that publishing to a slow storage holds up no downloads. Nearly all they do is wait.
-        self.publishers = ThreadPoolExecutor(16, "publisher")
+        self.publishers = ThreadPoolExecutor(8, "publisher")
         self.open_uploads = 0
         self.random = random.Random()  # for ids, which are no secrets: without a system call for each
         self.password_checks = asyncio.Semaphore(2)  # scrypt takes 16 MiB and a processor
@@ -961,7 +961,7 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
     return FastAPI(
         title="Document Lifecycle API", version="1.0.0", description=DESCRIPTION,
         lifespan=lambda _: running_service(settings or Settings.from_environment(os.environ), storage, pipeline),
-        redirect_slashes=False, redoc_url=None,
+        redirect_slashes=False, redoc_url=None, telemetry={"tracing": False, "metrics": False, "logs": False},
         exception_handlers={HTTPException: problem_of, RequestValidationError: problem_of},
         middleware=[Middleware(RequestMiddleware)],
         routes=[*documents.routes, *sessions.routes, *health.routes])  # `include_router` matches each path twice
