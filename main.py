@@ -961,7 +961,7 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
     return FastAPI(
         title="Document Lifecycle API", version="1.0.0", description=DESCRIPTION,
         lifespan=lambda _: running_service(settings or Settings.from_environment(os.environ), storage, pipeline),
-        redirect_slashes=False, redoc_url=None, telemetry={"tracing": False, "metrics": False, "logs": False},
+        redirect_slashes=False, redoc_url=None, telemetry={"tracing": False, "metrics": False, "logs": False},  # unused
         exception_handlers={HTTPException: problem_of, RequestValidationError: problem_of},
         middleware=[Middleware(RequestMiddleware)],
         routes=[*documents.routes, *sessions.routes, *health.routes])  # `include_router` matches each path twice

@@ -1072,13 +1072,12 @@ def test_a_body_that_dribbles_gets_408(client: httpx.Client, monkeypatch: Patch,
     'filename="=?utf-8?B?w6kucGRm?="; filename*=utf-8\'\'%C3%A9b.pdf': "éb.pdf", "filename*=utf-8''a.pdf": "a.pdf",
     "filename*=utf-8''a.pdf; filename=b.pdf": "a.pdf", "FileName*=iso-8859-1'en'%E9's.pdf": "é's.pdf",
     **{f"filename=b.pdf; filename*={name}": "b.pdf" for name in ("utf-8''", "utf-8''%FF.pdf", "nope''x", "zip''a.pdf")},
-    'filename="filename*=b.pdf"': "filename*=b.pdf",
-    'filename="=?nope?Q?a?=.pdf"': "=?nope?Q?a?=.pdf", 'filename="=?nope?Q?a.pdf?="': None,
+    'filename="filename*=b.pdf"': "filename*=b.pdf", 'filename="=?nope?Q?a?=.pdf"': "=?nope?Q?a?=.pdf",
     'filename="=?utf-8?Q?=FF.pdf?="': None, 'filename="=?utf-8?B?x?="': None, 'filename="=?rot13?Q?n.cqs?="': None,
     'filename="=?zip?B?eJxLzCtISQMABgoCDQ==?="': None, "filename*=utf-7''%2B2AA-a.pdf": "a.pdf",
     'filename="=?utf-7?Q?+2AA-a.pdf?="': "a.pdf", 'filename="=?utf-8?Q?..=2F..=2Fetc=5Ca.pdf?="': "a.pdf",
     "filename*=utf-8''..%2F..%5Ca.pdf": "a.pdf", f'filename="{MARKS[:9000]}/a.pdf"': "a.pdf",
-    'filename="=?utf-8?Q?a=0D=0AX-Evil=3A_=00=E2=80=AE1.pdf?="': "aX-Evil: 1.pdf",
+    'filename="=?utf-8?Q?a=0D=0AX-Evil=3A_=00=E2=80=AE1.pdf?="': "aX-Evil: 1.pdf", 'filename="=?nope?Q?a.pdf?="': None,
     f'filename="a{MARKS}.pdf"': MOST, f"filename*=utf-8''{quote(MARKS[-600:])}.pdf": MOST, "filename=..pdf": "..pdf",
     f"filename=b.pdf; filename*=utf-8''a{quote(MARKS[15_000:16_200])}.pdf": "b.pdf",
     f'filename="=?utf-8?B?{base64.b64encode(MARKS[5_000:25_000].encode()).decode()}?="': None,
@@ -1086,6 +1085,7 @@ def test_a_body_that_dribbles_gets_408(client: httpx.Client, monkeypatch: Patch,
 def test_file_names_are_taken_as_real_clients_send_them(
         client: httpx.Client, monkeypatch: Patch, parameters: str, shown: str | None) -> None:
     normalize = unicodedata.normalize
+    monkeypatch.setattr(main, "HELD_BY_ONE", 0)  # even so, nothing is written before the start of the file was checked
     monkeypatch.setattr(unicodedata, "normalize", lambda form, text: normalize(form, text) if len(text) < 1025 else "")
     status, _, body = exchange(client, sent(part(PDF, b'form-data; name="file"; ' + parameters.encode()) + END))
     assert (status, body.get("filename")) == ((201, shown) if shown else (415, None))
