@@ -1,6 +1,4 @@
-"""Passwords and tokens: plain values in, plain values out.
-
-This module knows neither HTTP nor SQL: whether a session still stands is the database's knowledge."""
+"""Passwords and tokens as plain values. Whether a session still stands is the database's knowledge."""
 import base64
 import functools
 import hashlib

@@ -1,8 +1,8 @@
 """Every line of SQL: users and sessions, the life of a document, and the queue, which is the documents table itself.
 
 One thread writes, the committer. It puts all writes that wait into one transaction (group commit), so that they share
-its fsyncs. Methods marked with `write` return a Write: a coroutine awaits it, a thread takes its `result()`. Other
-queries read over a second connection, which never waits for writers (WAL)."""
+its fsyncs. Methods marked with `write` are awaited, all in one event loop. The others read over a second connection,
+which never waits for writers (WAL)."""
 import asyncio
 import contextlib
 import copy
@@ -10,16 +10,16 @@ import fcntl
 import functools
 import json
 import os
+import queue
 import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar, cast
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -137,38 +137,33 @@ def first_row(make: Callable[..., T], rows: sqlite3.Cursor) -> T | None:
     return make(*row) if row else None
 
 
-class Write(Future[T]):
-    """A write on its way to the disk. `_apply` runs its operation, which gives the outcome. Once that is on disk,
-    `_commit` makes it the result, which threads wait for, and `_wake` sets `ended`, which coroutines wait for."""
+class Write:
+    """A call of a method marked with `write`, on its way to the disk."""
 
-    def __init__(self, operation: Callable[[], T]) -> None:
-        super().__init__()
+    def __init__(self, operation: Callable[[], Any]) -> None:
         self.operation = operation
-        self.outcome: Any = None  # of the operation, before it is on disk
-        self.ended = asyncio.Event()
-
-    def __await__(self) -> Generator[Any, None, T]:
-        return self._on_disk().__await__()
-
-    async def _on_disk(self) -> T:
-        """The outcome, once it is on disk; InDoubt after WRITE_SECONDS. (`wrap_future` would cancel the write then.)"""
-        try:
-            async with asyncio.timeout(WRITE_SECONDS):
-                await self.ended.wait()
-        except TimeoutError:
-            raise InDoubt("the write took too long") from None
-        if failure := self.exception():  # of the whole batch, perhaps: a copy, as each `raise` lengthens a traceback
-            raise copy.copy(failure).with_traceback(failure.__traceback__)
-        return self.result()
+        self.loop = asyncio.get_running_loop()
+        self.ended = asyncio.Event()  # set in this loop once the transaction has ended, with one of these two:
+        self.outcome: Any = None
+        self.failure: BaseException | None = None
 
 
-def write(method: Callable[Concatenate["Database", P], T]) -> Callable[Concatenate["Database", P], Write[T]]:
-    """Runs the method in a transaction of the committer."""
+def write(method: Callable[Concatenate["Database", P], T]
+          ) -> Callable[Concatenate["Database", P], Coroutine[Any, Any, T]]:
+    """Makes a coroutine function of the method, which the committer runs in a transaction. The outcome comes once it is
+    on disk. Raises InDoubt after WRITE_SECONDS; the write goes on then, as it does when the coroutine is cancelled."""
     @functools.wraps(method)
-    def submit(self: "Database", /, *args: P.args, **kwargs: P.kwargs) -> Write[T]:
+    async def submit(self: "Database", /, *args: P.args, **kwargs: P.kwargs) -> T:
         new = Write(functools.partial(method, self, *args, **kwargs))
         self._submitted.put(new)
-        return new
+        try:
+            async with asyncio.timeout(WRITE_SECONDS):
+                await new.ended.wait()
+        except TimeoutError:
+            raise InDoubt("the write took too long") from None
+        if new.failure:
+            raise new.failure
+        return cast(T, new.outcome)
     return submit
 
 
@@ -177,8 +172,7 @@ class Database:
         """Opens or creates the file. Each commit comes after a `sync` of the storage; `keys` lists the stored files.
         Raises ValueError when the database is not ours or was lost; sqlite3.Error; OSError."""
         self._sync, self._keys = sync, keys
-        self.loop: asyncio.AbstractEventLoop | None = None  # in which writes are awaited
-        self._submitted: SimpleQueue[Write[Any]] = SimpleQueue()
+        self._submitted: SimpleQueue[Write] = SimpleQueue()
         self._lock_path = path.with_name(path.name + ".lock")
         with self.lock():
             is_new = self._is_new(path)
@@ -215,10 +209,12 @@ class Database:
             finally:
                 fcntl.flock(lock_file, fcntl.LOCK_UN)  # closing is not enough: a forked child may have it open too
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Closes the connections, under the lock, when all submitted writes have ended. After a second, leaves them."""
         with contextlib.suppress(TimeoutError):
-            self.check_writable().exception(timeout=1)  # this write ends after those that were submitted before it
+            async with asyncio.timeout(1):
+                with contextlib.suppress(sqlite3.Error, OSError):
+                    await self.check_writable()  # this write ends after those that were submitted before it
             with self.lock():  # since closing a connection checkpoints too
                 self._reader.close()
                 self._writer.close()
@@ -226,49 +222,50 @@ class Database:
     # The committer
 
     def _commit_forever(self) -> None:
-        """Commits one batch of writes after the other. A batch waits up to 20 ms to get about as large as the last one,
-        since clients that were answered together write together again."""
-        batch: list[Write[Any]] = []
+        batch: list[Write] = []
         while True:
-            expected = len(batch) - 1  # as many as in the last batch, but for one that may have renewed the leases
-            batch = [self._submitted.get()]
-            end = time.monotonic() + 0.02
-            while len(batch) + self._submitted.qsize() < expected and time.monotonic() < end:
-                time.sleep(0.001)
-            batch += (self._submitted.get() for _ in range(self._submitted.qsize()))
+            batch = self._next_batch(len(batch))
             self._commit(batch)
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                if self.loop:  # one call for the batch, as one for each write would slow down small uploads
-                    self.loop.call_soon_threadsafe(self._wake, batch)
+                # One call for the batch, as one for each write would slow down small uploads.
+                batch[0].loop.call_soon_threadsafe(self._wake, batch)
+
+    def _next_batch(self, last_size: int) -> list[Write]:
+        """Waits for a write, then for as many more as the last batch had, since clients that were answered together
+        write together again; but no longer than 50 ms, and not when none has come for 6 ms."""
+        batch = [self._submitted.get()]
+        deadline = time.monotonic() + 0.05
+        with contextlib.suppress(queue.Empty):
+            while True:
+                may_wait = len(batch) < last_size and time.monotonic() < deadline
+                batch.append(self._submitted.get(may_wait, timeout=0.006))
+        return batch
 
     @staticmethod
-    def _wake(batch: list[Write[Any]]) -> None:
-        """Lets the coroutines that await these writes go on. It runs in their event loop."""
+    def _wake(batch: list[Write]) -> None:
+        """Lets the coroutines that wait for these writes go on. It runs in their event loop."""
         for pending in batch:
             pending.ended.set()
 
-    def _commit(self, batch: list[Write[Any]]) -> None:
+    def _commit(self, batch: list[Write]) -> None:
         """Makes the files durable, then the rows, all in one transaction. When the COMMIT itself fails, the rows may be
         stored or not: InDoubt. (Only if the disk was full, they are certainly not stored.)"""
         committing = False
         try:
             self._sync()  # not retried: after a failed fsync, a second one may succeed though a name is lost
-            with self.lock(), self._writer:  # which commits at the end of the block, or rolls back after an exception
+            with self.lock(), self._writer:  # `with self._writer` rolls back after an exception
                 self._writer.execute("BEGIN IMMEDIATE")
                 for pending in batch:
                     self._apply(pending)
-                committing = True  # what fails from here on is the COMMIT
+                committing = True
+                self._writer.execute("COMMIT")
         except BaseException as error:
             in_doubt = committing and getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL
             for pending in batch:
-                if not pending.done():
-                    pending.set_exception(InDoubt(str(error)) if in_doubt else error)
-        else:
-            for pending in batch:
-                if not pending.done():
-                    pending.set_result(pending.outcome)
+                if not pending.failure:  # each gets an exception of its own, as `raise` lengthens the traceback
+                    pending.failure = InDoubt(str(error)) if in_doubt else copy.copy(error)
 
-    def _apply(self, pending: Write[Any]) -> None:
+    def _apply(self, pending: Write) -> None:
         """Runs the operation of one write. If it fails, it is undone alone, and the others of its batch go on."""
         self._writer.execute("SAVEPOINT operation")
         try:
@@ -277,7 +274,7 @@ class Database:
             if not self._writer.in_transaction:  # SQLite has rolled back the whole batch, as when the disk is full
                 raise
             self._writer.execute("ROLLBACK TO operation")
-            pending.set_exception(error)
+            pending.failure = error
         self._writer.execute("RELEASE operation")  # also after ROLLBACK TO, which keeps the savepoint
 
     @write
@@ -410,8 +407,7 @@ class Database:
         return [Document(*row) for row in rows]
 
     def compare_files(self) -> tuple[list[str], list[str]]:
-        """Strays, the keys of stored files that no document has; and the ids of documents whose file is lost. What is
-        uploaded or deleted in this second is in neither."""
+        """Keys of files without a document, and ids of documents without a file, but for what changes just now."""
         def ids(table: str) -> set[str]:
             return {document_id for (document_id,) in self._reader.execute(f"SELECT document_id FROM {table}")}
 
@@ -523,5 +519,4 @@ class Database:
         return [Document(*row) for row in failed + requeued]
 
     def is_waiting(self) -> bool:
-        """Whether a document waits for a run."""
         return self._reader.execute(f"SELECT 1 FROM documents WHERE {WAITING} LIMIT 1").fetchone() is not None

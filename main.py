@@ -36,7 +36,7 @@ import traceback
 import unicodedata
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from email.errors import HeaderParseError
@@ -44,7 +44,7 @@ from email.header import decode_header
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, cast
+from typing import Annotated, Any, BinaryIO, Literal, NoReturn, cast
 from urllib.parse import parse_qsl, quote, unquote_to_bytes
 
 import uvicorn
@@ -244,8 +244,8 @@ PROBLEM_SCHEMA = {
         "error": {"description": "why processing failed, or OAuth 2's code with `error_description`"}}}
 
 
-class Problem(Exception, Response):
-    """A code of PROBLEMS, with headers and members of its own (RFC 9457). It can be raised, and it can be sent."""
+class Problem(Exception):
+    """A code of PROBLEMS, with a detail, headers and members of its own (RFC 9457), and the response made of them."""
 
     def __init__(self, code: str, detail: str | None = None, headers: Mapping[str, str] | None = None,
                  **members: Any) -> None:
@@ -255,17 +255,16 @@ class Problem(Exception, Response):
             "request_id": request_id_of_context.get(), **members}
         if code == "invalid_grant":  # OAuth 2's names for it (RFC 6749, 5.2)
             content |= {"error": code, "error_description": content["detail"]}
-        Response.__init__(
-            self, json.dumps(content), status, {**usual_headers, **(headers or {})}, "application/problem+json")
+        all_headers = {**usual_headers, **(headers or {})}
+        self.response = Response(json.dumps(content), status, all_headers, "application/problem+json")
 
 
 def validation_error(msg: str, *loc: str, code: str = "validation_error") -> Problem:
     return Problem(code, errors=[{"loc": loc, "msg": msg}])
 
 
-async def problem_of(request: Request, failure: BaseException) -> Problem:
-    """What an exception, be it ours or a library's, tells the client. What the operator has to know is logged. FastAPI
-    calls it for its own exceptions, RequestMiddleware for all others. (It is async, so that it runs in no thread.)"""
+def problem_of(request: Request, failure: BaseException) -> Problem:
+    """What an exception, be it ours or a library's, tells the client. What the operator has to know is logged."""
     match failure:
         case Problem():
             return failure
@@ -298,6 +297,10 @@ async def problem_of(request: Request, failure: BaseException) -> Problem:
             return Problem("internal_error")
 
 
+async def raise_again(_: Request, failure: Exception) -> NoReturn:  # so that RequestMiddleware answers all exceptions
+    raise failure
+
+
 # The request middleware
 
 SMALL_BODY = 65536  # bytes: a login, what surrounds the file in a multipart body, a rest that is read before the answer
@@ -313,36 +316,35 @@ class RequestMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        start, request = time.perf_counter(), Request(scope)
         # Nobody reads cookies, but FastAPI parses them; a hostile one takes old Pythons seconds (CVE-2024-7592).
         scope["headers"] = [header for header in scope["headers"] if header[0] != b"cookie"]
-        start, request = time.perf_counter(), Request(scope)
         headers, state = dict(scope["headers"]), scope["state"]  # which routes see as `request.state`
         state["client"] = scope["client"][0] if scope.get("client") else "unknown"
         state["is_head"] = scope["method"] == "HEAD"
         sent_id = re.fullmatch(rb"[A-Za-z0-9._-]{1,64}", headers.get(b"x-request-id", b""))
         request_id_of_context.set(sent_id[0].decode() if sent_id else service_of(request).random.randbytes(16).hex())
         exchange = Exchange(headers, receive, send)
-        path = scope["path"].removeprefix(scope["root_path"])
-        path_is_odd = not re.fullmatch("/[A-Za-z0-9_/.-]{,200}", path)  # no route has such a path; it may hold a secret
-        inner_scope = {**scope, "method": "GET"} if state["is_head"] else scope  # uvicorn sees HEAD: it sends no body
+        # Names that no route has may hold a secret, so they are neither looked up nor logged.
+        path = re.fullmatch("/[A-Za-z0-9_/.-]{,200}", scope["path"].removeprefix(scope["root_path"]))
+        method = re.fullmatch("[A-Z]{1,9}", scope["method"])
         try:
-            if path_is_odd:
+            if not path:
                 raise Problem("not_found")
             if exchange.body_open and set(request.headers.getlist("content-encoding")) - {"identity"}:
                 raise Problem("unsupported_media_type", "Send the body without a Content-Encoding.")
-            await self.app(inner_scope, exchange.receive, exchange.send)
+            await self.app({**scope, "method": "GET"} if state["is_head"] else scope, exchange.receive, exchange.send)
         except (Exception, asyncio.CancelledError) as failure:
-            problem = await problem_of(request, failure)  # first, as it logs what the operator has to know
+            problem = problem_of(request, failure)  # first, as it logs what the operator has to know
             if exchange.status:  # the answer has begun; uvicorn cuts it off
                 raise
             if isinstance(failure, asyncio.CancelledError):
                 exchange.body_open = False  # the grace is over: no time is left to read the rest
-            await problem(scope, exchange.receive, exchange.send)  # as a Response, it is an ASGI app
+            await problem.response(scope, exchange.receive, exchange.send)
         finally:
-            log_event("request", method=request.method if re.fullmatch("[A-Z]{1,9}", request.method) else "odd",
-                      path="odd" if path_is_odd else path, status=exchange.status,
-                      duration_ms=round(1000 * (time.perf_counter() - start), 3), client=state["client"],
-                      user=state.get("username"))
+            log_event("request", method=method[0] if method else "odd", path=path[0] if path else "odd",
+                      status=exchange.status, duration_ms=round(1000 * (time.perf_counter() - start), 3),
+                      client=state["client"], user=state.get("username"))
 
 
 class Exchange:
@@ -368,18 +370,20 @@ class Exchange:
             if self.body_open and not self._expects_100:  # a client that waits for 100 sends nothing (RFC 9110, 10.1.1)
                 await self._drain(0.1, SMALL_BODY)
             self.status = message["status"]
-            headers = message["headers"]
-            if b"cache-control" not in dict(headers):
-                headers.append((b"cache-control", b"no-store"))
-            if self.body_open:
-                headers.append((b"connection", b"close"))
-            headers += [(b"x-request-id", request_id_of_context.get().encode()),
-                        (b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY")]
+            self._add_headers(message["headers"])
         elif self.body_open and not message.get("more_body", False):
             await self._send({**message, "more_body": True})  # the last bytes of the answer, but not its end
             await self._drain(DRAIN_SECONDS, DRAIN_BYTES)
             message = {"type": "http.response.body"}
         await self._send(message)
+
+    def _add_headers(self, headers: list[tuple[bytes, bytes]]) -> None:
+        if b"cache-control" not in dict(headers):
+            headers.append((b"cache-control", b"no-store"))
+        if self.body_open:
+            headers.append((b"connection", b"close"))
+        headers += [(b"x-request-id", request_id_of_context.get().encode()),
+                    (b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY")]
 
     async def _drain(self, seconds: float, most: int) -> None:
         drained = 0
@@ -398,7 +402,6 @@ class Service:
     def __init__(self, settings: Settings, storage: Storage | None, pipeline: "Pipeline | None") -> None:
         self.settings = settings
         self.db, self.storage = open_stores(settings, storage)
-        self.db.loop = asyncio.get_running_loop()  # in which writes are awaited
         secret = settings.jwt_secret or secret_file(self.db, settings.data_dir / "jwt-secret").encode()
         self.signer = auth.TokenSigner(secret)
         # Threads of their own, so that publishing to a slow storage holds up no downloads. Nearly all they do is wait.
@@ -531,10 +534,8 @@ class MultipartFile(MultipartParser):
             "on_header_value": lambda data, start, end: self._headers[bytes(self._header_name)].extend(data[start:end]),
             "on_headers_finished": self._on_headers_finished},
             max_header_count=SMALL_BODY, max_header_size=SMALL_BODY)  # as `receive_file` bounds them together
-        # Start as if inside of a dropped part: that skips a preamble, which RFC 2046, 5.1.1 allows and the parser does
-        # not. A boundary needs a line break before it.
-        self.state = MultipartState.PART_DATA
-        self.write(b"\r\n")
+        # The parser knows no preamble (RFC 2046, 5.1.1): it is dropped as the content of this part, which has no name.
+        self.write(b"--" + options.get(b"boundary", b"") + b"\r\n\r\n\r\n")
 
     def _on_headers_finished(self) -> None:
         self.set_callback("part_data", None)  # what parts other than the file hold is dropped
@@ -617,13 +618,14 @@ def simulated_pipeline(file: BinaryIO, document: Document, progress: Progress, *
 
 
 class Workers:
-    """Runs queued documents. The queue is in the database, so any server process may run what another was asked to. A
-    run is one claim and one call of the pipeline, in a thread. What the pipeline raises makes the document FAILED. When
-    the file can't be opened, or the database fails, the run's lease runs out, as if the process had died."""
+    """Runs queued documents. The queue is in the database, so any server process may run what another was asked to.
+    What a pipeline raises makes its document FAILED. When the file can't be opened, or the database fails, the lease of
+    the run ends, as if the process had died."""
 
     def __init__(self, service: Service, pipeline: Pipeline) -> None:
         self._db, self._storage, self._settings = service.db, service.storage, service.settings
         self._pipeline = pipeline
+        self._loop = asyncio.get_running_loop()
         self._pool = ThreadPoolExecutor(self._settings.process_workers, "worker")
         self._run_ids: set[str] = set()  # of the runs that go on here
         self.stopping, self._grace_end = False, float("inf")  # by time.monotonic()
@@ -635,7 +637,7 @@ class Workers:
             self._run_ids.add(run_id)  # before the claim, so that its lease is renewed from the start
             try:
                 if document := await self._db.claim(run_id):
-                    await asyncio.get_running_loop().run_in_executor(self._pool, self._run, run_id, document)
+                    await self._loop.run_in_executor(self._pool, self._run, run_id, document)
             except RunEnded:
                 pass  # the document was deleted or taken over, or the grace of a shutdown is over
             finally:
@@ -665,11 +667,9 @@ class Workers:
         start = time.monotonic()
 
         def progress(percent: int, message: str) -> None:
-            if time.monotonic() > self._grace_end:
-                raise RunEnded
             percent = max(0, min(int(percent), 99))
             try:
-                self._db.record_progress(run_id, document.document_id, percent, message).result()
+                self._write(self._db.record_progress, run_id, document.document_id, percent, message)
             except (sqlite3.Error, OSError) as failure:  # no fault of the pipeline, and no harm: it is only logged
                 log_event("storage_error", logging.ERROR, failure=failure)
 
@@ -683,11 +683,17 @@ class Workers:
             damaged = isinstance(failure, BadDocument)
             code = "damaged_document" if damaged else "pipeline_error"
             message = str(failure) if damaged else f"Processing failed: {type(failure).__name__}."
-            self._db.fail(run_id, document.document_id, code, message, retryable=not damaged).result()
+            self._write(self._db.fail, run_id, document.document_id, code, message, not damaged)
             log_run("process_failed", document, start, failure=failure, error=code)
         else:
-            self._db.complete(run_id, document.document_id, result).result()
+            self._write(self._db.complete, run_id, document.document_id, result)
             log_run("process_completed", document, start)
+
+    def _write(self, write: Callable[..., Coroutine[Any, Any, None]], *values: Any) -> None:
+        """Waits, in a worker's thread, until the write is on disk. Raises RunEnded when the grace is over."""
+        if time.monotonic() > self._grace_end:
+            raise RunEnded
+        asyncio.run_coroutine_threadsafe(write(*values), self._loop).result()
 
 
 def log_run(event: str, document: Document, start: float | None = None, **fields: Any) -> None:
@@ -737,14 +743,13 @@ async def upload(request: Request) -> Response:
         raise
     finally:
         service.open_uploads -= 1
-    is_replay = document.document_id != incoming.key
-    if is_replay and document.sha256 != incoming.sha256.hexdigest():
-        raise validation_error("It was for another file.", "header", "Idempotency-Key", code="idempotency_key_reused")
     headers = {"Location": request.scope["path"].removesuffix("upload") + document.document_id}
-    if is_replay:
+    if document.document_id == incoming.key:
+        log_event("uploaded", document_id=incoming.key, size=incoming.size, media_type=incoming.media_type)
+    elif document.sha256 == incoming.sha256.hexdigest():
         headers["Idempotency-Replayed"] = "true"
     else:
-        log_event("uploaded", document_id=incoming.key, size=incoming.size, media_type=incoming.media_type)
+        raise validation_error("It was for another file.", "header", "Idempotency-Key", code="idempotency_key_reused")
     return Response(DocumentOut.model_validate(document).model_dump_json(), 201, headers, "application/json")
 
 
@@ -859,14 +864,15 @@ def form_or_json(model: type[BaseModel]) -> dict[str, Any]:
 def tokens_of(service: Service, session: Session) -> Tokens:
     """A new access token, and the session's refresh token. The latter is made only of the session's row and settings:
     that is why repeated refreshes within REFRESH_GRACE get the same successor."""
-    new_claims = partial(auth.Claims, sub=session.user_id, sid=session.session_id)
-    now, issued, end = time.time(), session.rotated_at, session.expires_at
-    access = new_claims(jti=str(uuid.uuid4()), iat=now, exp=min(now + service.settings.access_token_seconds, end))
-    exp = min(issued + service.settings.refresh_token_seconds, end)
-    renewal = new_claims(jti=session.refresh_jti, iat=issued, exp=exp)
+    now, settings = time.time(), service.settings
+    access_exp = min(now + settings.access_token_seconds, session.expires_at)
+    refresh_exp = min(session.rotated_at + settings.refresh_token_seconds, session.expires_at)
+    claims = partial(auth.Claims, sub=session.user_id, sid=session.session_id)
+    access = claims(jti=str(uuid.uuid4()), iat=now, exp=access_exp)
+    refresh = claims(jti=session.refresh_jti, iat=session.rotated_at, exp=refresh_exp)
     return Tokens(
-        access_token=service.signer.issue(auth.ACCESS, access), expires_in=round(access.exp - now),
-        refresh_token=service.signer.issue(auth.REFRESH, renewal), refresh_expires_in=round(renewal.exp - now))
+        access_token=service.signer.issue(auth.ACCESS, access), expires_in=round(access_exp - now),
+        refresh_token=service.signer.issue(auth.REFRESH, refresh), refresh_expires_in=round(refresh_exp - now))
 
 
 @sessions.post("/login", summary="Log in with user name and password", openapi_extra=form_or_json(Credentials))
@@ -962,7 +968,7 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
         title="Document Lifecycle API", version="1.0.0", description=DESCRIPTION,
         lifespan=lambda _: running_service(settings or Settings.from_environment(os.environ), storage, pipeline),
         redirect_slashes=False, redoc_url=None, telemetry={"tracing": False, "metrics": False, "logs": False},  # unused
-        exception_handlers={HTTPException: problem_of, RequestValidationError: problem_of},
+        exception_handlers={HTTPException: raise_again, RequestValidationError: raise_again},
         middleware=[Middleware(RequestMiddleware)],
         routes=[*documents.routes, *sessions.routes, *health.routes])  # `include_router` matches each path twice
 
@@ -996,7 +1002,7 @@ async def running_service(
     await service.workers.close()
     for task in tasks:
         task.cancel()
-    service.db.close()
+    await service.db.close()
 
 
 async def repeat(action: Callable[[], Awaitable[None]], seconds: float) -> None:
@@ -1054,7 +1060,7 @@ def main(storage: Storage | None = None) -> int:
         elif not (settings.data_dir / "documents.db").exists():
             raise ValueError(f"there is no database in {settings.data_dir}")
         db, _ = open_stores(settings, storage)
-        with contextlib.closing(db):
+        try:
             if chosen.command == "check":
                 strays, lost = db.compare_files()
                 found = [f"no document has the file {key}" for key in strays]
@@ -1062,9 +1068,11 @@ def main(storage: Storage | None = None) -> int:
                 print(*found, f"{len(found)} files and documents lack each other in {settings.data_dir}", sep="\n")
                 return 1 if found else 0
             if chosen.command == "add-user":
-                db.set_user(chosen.name, auth.hash_password(password)).result()
-            elif not db.remove_user(chosen.name).result():
+                asyncio.run(db.set_user(chosen.name, auth.hash_password(password)))
+            elif not asyncio.run(db.remove_user(chosen.name)):
                 raise ValueError(f"there is no user {chosen.name} in {settings.data_dir}")
+        finally:
+            asyncio.run(db.close())
         print(f"{chosen.command} {chosen.name}: done in {settings.data_dir}")
         return 0
     except (ValueError, OSError, sqlite3.Error, EOFError, KeyboardInterrupt) as error:

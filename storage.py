@@ -1,6 +1,5 @@
-"""Documents as bytes: what makes a file a PDF or DOCX, a file on its way in, and `Storage` with its local disk.
-
-It knows neither SQL nor HTTP. Another store (S3, GCS) is one more class like `Storage`, tested by `test_storage_*`."""
+"""Documents as bytes: what makes a file a PDF or DOCX, a file on its way in, and `Storage` with its local disk. Another
+store (S3, GCS) is one more class like `LocalStorage`, tested by `test_storage_*`."""
 import contextlib
 import errno
 import functools

@@ -33,7 +33,7 @@ import uuid
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPMessage, HTTPResponse
 from pathlib import Path
@@ -344,7 +344,6 @@ def test_no_file_is_removed_because_the_database_does_not_know_it(tmp_path: Path
     code, told = command(settings, "check")
     assert code == 1 and str(settings.data_dir) in told
     assert ["a-stray" in told, *(id_in(path) in told for path in (lost, kept, deleted))] == [True, True, False, False]
-
     keys = {id_in(kept), "old", "new"}
 
     def delete_new(_: float) -> None:  # between the two looks
@@ -1607,7 +1606,6 @@ def told(name: str) -> Any:
 
 class Steps(LocalStorage):
     """A service and its storage that call `tell` at each step towards the disk; it may raise what goes wrong there."""
-
     create, publish, sync, open, delete = map(told, ("create", "publish", "sync", "open", "delete"))
 
     def __init__(self, folder: Path) -> None:
@@ -1646,7 +1644,6 @@ class Steps(LocalStorage):
             connection.set_authorizer(self._authorize)
             self.connections.append(connection)
             return connection
-
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sqlite3, "connect", connected)
             with running(self.settings, storage=self, **options) as client:
@@ -1753,24 +1750,28 @@ def test_uploads_that_wait_together_share_one_sync_and_its_failure(
 
 def test_a_write_that_breaks_changes_nothing(tmp_path: Path) -> None:
     db, _ = main.open_stores(settings_in(tmp_path))
-    with contextlib.closing(db), (tmp_path / "data" / "documents.db.lock").open() as lock:
-        sql(tmp_path / "data", "INSERT INTO deleted_files VALUES ('a')")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        db.check_writable()  # waits for the lock; then the others share a transaction
-        broken = write(lambda db: db._writer.execute("DELETE FROM deleted_files").execute("no SQL"))(db)
-        good = db.set_user("bob", "hash")
-        fcntl.flock(lock, fcntl.LOCK_UN)
-        assert "syntax error" in str(broken.exception())
-        assert good.result() is None and (bob := db.user("bob")) and db.deleted_files() == ["a"]
-        assert db.record_login(bob._replace(password_hash="of the old password"), "", "").result() is None
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        db.check_writable()
-        doubtful = write(lambda db: [db._writer.execute(sql) for sql in (  # its COMMIT fails
-            "PRAGMA defer_foreign_keys = ON", "INSERT INTO results VALUES ('of no document', '')")])(db)
-        broken = write(lambda db: db._writer.execute("no SQL"))(db)
-        fcntl.flock(lock, fcntl.LOCK_UN)
-        assert (type(doubtful.exception()), type(broken.exception())) == (InDoubt, sqlite3.OperationalError)
-        assert db.remove_user("bob").result()
+    sql(tmp_path / "data", "INSERT INTO deleted_files VALUES ('a')")
+
+    def run(*statements: str) -> Awaitable[Any]:
+        return write(lambda db: [db._writer.execute(statement) for statement in statements])(db)
+
+    async def one_batch(*writes: Awaitable[Any]) -> Any:
+        with (tmp_path / "data" / "documents.db.lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            outcomes = asyncio.gather(db.check_writable(), *writes, return_exceptions=True)
+            await asyncio.sleep(0)  # the first one waits for the lock, then the others share a transaction
+        return (await outcomes)[1:]
+
+    async def break_writes() -> None:
+        broken, _ = await one_batch(run("DELETE FROM deleted_files", "no SQL"), db.set_user("bob", "hash"))
+        assert "syntax error" in str(broken) and (bob := db.user("bob")) and db.deleted_files() == ["a"]
+        assert await db.record_login(bob._replace(password_hash="of the old password"), "", "") is None
+        orphan = "INSERT INTO results VALUES ('of no document', '')"  # with which the COMMIT fails
+        doubtful, broken = await one_batch(run("PRAGMA defer_foreign_keys = ON", orphan), run("no SQL"))
+        assert (type(doubtful), type(broken)) == (InDoubt, sqlite3.OperationalError)
+        assert await db.remove_user("bob")
+        await db.close()
+    asyncio.run(break_writes())
 
 
 def test_a_page_of_the_list_is_an_index_seek(steps: Steps) -> None:
@@ -1821,7 +1822,6 @@ class Load:
             while not stop.is_set():
                 with contextlib.suppress(httpx.TransportError):
                     self._one_document(client)
-
         with ThreadPoolExecutor(4) as pool:
             threads = [pool.submit(work) for _ in range(4)]
             yield
