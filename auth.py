@@ -28,7 +28,6 @@ class InvalidToken(Exception):
 @dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, str_max_length=64))
 class Claims:
     """The claims of a token, each required in it; times in seconds since the epoch. Raises ValueError for others."""
-
     sub: str  # the user's id
     sid: str  # the session's id
     jti: str
@@ -40,14 +39,13 @@ class Claims:
 
 class TokenSigner:
     """Issues and verifies JWTs (RFC 7519): HS256 only, every claim required, `typ` checked (RFC 8725)."""
-
     def __init__(self, secret: bytes) -> None:
         """`secret` has at least 32 bytes, else ValueError (RFC 7518, 3.2)."""
         if len(secret) < 32:
             raise ValueError("the signing key needs at least 32 bytes")
         self._secret = secret
-        # PyJWT checks signature, issuer and audience. `exp` is checked by `verify` at each use, since the outcome of
-        # the other checks is cached. `iat` may be in the future, as the clock may have been set back.
+        # `verify` checks `exp` at each use, since the outcome of PyJWT's checks is cached. `iat` may be in the future,
+        # as the clock may have been set back.
         self._jwt = jwt.PyJWT({"strict_aud": True, "verify_exp": False, "verify_iat": False})
         self._verified = functools.lru_cache(maxsize=1024)(self._verify)  # a good signature stays good
 

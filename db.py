@@ -101,6 +101,7 @@ class Session(NamedTuple):
     refresh_jti: str  # of the current refresh token
     rotated_at: float  # when that token was issued
     previous_jti: str | None = None  # of the refresh token before it
+    is_reused: bool = False  # an older refresh token was used, so the session has ended now
 
 
 class Document(NamedTuple):
@@ -139,7 +140,6 @@ def first_row(make: Callable[..., T], rows: sqlite3.Cursor) -> T | None:
 
 class Write:
     """A call of a method marked with `write`, on its way to the disk."""
-
     def __init__(self, operation: Callable[[], Any]) -> None:
         self.operation = operation
         self.loop = asyncio.get_running_loop()
@@ -231,8 +231,8 @@ class Database:
                 batch[0].loop.call_soon_threadsafe(self._wake, batch)
 
     def _next_batch(self, last_size: int) -> list[Write]:
-        """Waits for a write, then for as many more as the last batch had, since clients that were answered together
-        write together again; but no longer than 50 ms, and not when none has come for 6 ms."""
+        """Waits for a write. Then up to 50 ms for as many more as the last batch had, as clients that were answered
+        together write together again. It gives up when none has come for 6 ms."""
         batch = [self._submitted.get()]
         deadline = time.monotonic() + 0.05
         with contextlib.suppress(queue.Empty):
@@ -250,20 +250,21 @@ class Database:
     def _commit(self, batch: list[Write]) -> None:
         """Makes the files durable, then the rows, all in one transaction. When the COMMIT itself fails, the rows may be
         stored or not: InDoubt. (Only if the disk was full, they are certainly not stored.)"""
-        committing = False
+        in_doubt = False
         try:
             self._sync()  # not retried: after a failed fsync, a second one may succeed though a name is lost
             with self.lock(), self._writer:  # `with self._writer` rolls back after an exception
                 self._writer.execute("BEGIN IMMEDIATE")
                 for pending in batch:
                     self._apply(pending)
-                committing = True
+                in_doubt = True
                 self._writer.execute("COMMIT")
         except BaseException as error:
-            in_doubt = committing and getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL
+            if in_doubt and getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL:
+                error = InDoubt(str(error))
             for pending in batch:
                 if not pending.failure:  # each gets an exception of its own, as `raise` lengthens the traceback
-                    pending.failure = InDoubt(str(error)) if in_doubt else copy.copy(error)
+                    pending.failure = copy.copy(error)
 
     def _apply(self, pending: Write) -> None:
         """Runs the operation of one write. If it fails, it is undone alone, and the others of its batch go on."""
@@ -352,21 +353,23 @@ class Database:
 
     @write
     def rotate(self, session_id: str, user_id: str, used_jti: str) -> Session | None:
-        """Exchanges a refresh token. The current one gets a new successor. The one before it gets the same successor
-        again, within REFRESH_GRACE and until that is used. None for any other, and when the session has ended."""
+        """Exchanges the refresh token with this `jti`. None when its session has ended."""
         session = first_row(Session, self._writer.execute(
             "SELECT session_id, user_id, username, expires_at, refresh_jti, rotated_at, previous_jti"
             " FROM sessions JOIN users USING (user_id) WHERE session_id = ? AND user_id = ?", (session_id, user_id)))
         now = time.time()
-        if session and used_jti == session.refresh_jti:
+        if session is None:
+            return None
+        if used_jti == session.refresh_jti:  # the current token: it gets a successor
             new = session._replace(refresh_jti=str(uuid.uuid4()), rotated_at=now)
             self._writer.execute(
                 "UPDATE sessions SET refresh_jti = ?, rotated_at = ?, previous_jti = ? WHERE session_id = ?",
                 (new.refresh_jti, now, used_jti, session_id))
             return new
-        if session and used_jti == session.previous_jti and abs(now - session.rotated_at) < REFRESH_GRACE:
-            return session
-        return None
+        if used_jti == session.previous_jti and abs(now - session.rotated_at) < REFRESH_GRACE:
+            return session  # used again by another tab, or after a lost answer: it gets the same successor
+        self._writer.execute("DELETE FROM sessions WHERE session_id = ?", (session_id,))  # it may be stolen
+        return session._replace(is_reused=True)
 
     @write
     def end_session(self, session_id: str, user_id: str) -> str | None:
@@ -456,8 +459,8 @@ class Database:
 
     @write
     def claim(self, run_id: str) -> Document | None:
-        """Gives the oldest waiting document of the owner whose turn it is to this run alone (writes are serial). None
-        when nothing waits. (CROSS JOIN fixes the order of the tables, so that their indexes do the sorting.)"""
+        """Gives this run the oldest waiting document of the owner whose last claim is the oldest; None when none waits.
+        (CROSS JOIN fixes the order of the tables, so that their indexes do the sorting.)"""
         now = utc_now()
         claimed = first_row(Document, self._writer.execute(
             "UPDATE documents SET run_id = ?, beat_at = ?, attempts = attempts + 1, progress = 0, message = 'started',"

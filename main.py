@@ -59,7 +59,7 @@ from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.routing import Match
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import auth
@@ -112,7 +112,6 @@ def log_event(event: str, level: int = logging.INFO, *, failure: BaseException |
 
 class JsonFormatter(logging.Formatter):
     """One JSON object a line, in ASCII. Long texts are cut: lines longer than PIPE_BUF may mix in a pipe (pipe(7))."""
-
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, Any] = {
             "timestamp": utc_now(), "level": record.levelname, "logger": record.name,
@@ -138,7 +137,6 @@ LOGGING = {  # for logging.config.dictConfig
 
 
 # Models: what is sent and received
-
 
 class Credentials(BaseModel):
     username: str = Field(min_length=1, max_length=128)
@@ -246,7 +244,6 @@ PROBLEM_SCHEMA = {
 
 class Problem(Exception):
     """A code of PROBLEMS, with a detail, headers and members of its own (RFC 9457), and the response made of them."""
-
     def __init__(self, code: str, detail: str | None = None, headers: Mapping[str, str] | None = None,
                  **members: Any) -> None:
         status, usual_detail, usual_headers = PROBLEMS[code]
@@ -259,7 +256,7 @@ class Problem(Exception):
         self.response = Response(json.dumps(content), status, all_headers, "application/problem+json")
 
 
-def validation_error(msg: str, *loc: str, code: str = "validation_error") -> Problem:
+def unprocessable(msg: str, *loc: str, code: str = "validation_error") -> Problem:
     return Problem(code, errors=[{"loc": loc, "msg": msg}])
 
 
@@ -309,7 +306,6 @@ DRAIN_SECONDS, DRAIN_BYTES = 30.0, 2**28
 
 class RequestMiddleware:
     """Gives each request an id and a line in the log, serves HEAD as GET, and makes an answer of every exception."""
-
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
@@ -331,7 +327,7 @@ class RequestMiddleware:
         try:
             if not path:
                 raise Problem("not_found")
-            if exchange.body_open and set(request.headers.getlist("content-encoding")) - {"identity"}:
+            if exchange.body_unread and set(request.headers.getlist("content-encoding")) - {"identity"}:
                 raise Problem("unsupported_media_type", "Send the body without a Content-Encoding.")
             await self.app({**scope, "method": "GET"} if state["is_head"] else scope, exchange.receive, exchange.send)
         except (Exception, asyncio.CancelledError) as failure:
@@ -339,7 +335,7 @@ class RequestMiddleware:
             if exchange.status:  # the answer has begun; uvicorn cuts it off
                 raise
             if isinstance(failure, asyncio.CancelledError):
-                exchange.body_open = False  # the grace is over: no time is left to read the rest
+                exchange.body_unread = False  # the grace is over: no time is left to read the rest
             await problem.response(scope, exchange.receive, exchange.send)
         finally:
             log_event("request", method=method[0] if method else "odd", path=path[0] if path else "odd",
@@ -348,57 +344,60 @@ class RequestMiddleware:
 
 
 class Exchange:
-    """One request and its answer: `receive` and `send` for the app.
+    """`receive` and `send` of one request, for the app.
 
     A client that still sends while the connection is closed may lose the answer (RFC 9112, 9.6). So the rest of a body
     is read and thrown away. Up to 64 KiB, if they come at once, are read before the answer, and the connection stays
     open. A longer rest is read after the answer, which says `Connection: close`; then uvicorn closes."""
-
     def __init__(self, headers: Mapping[bytes, bytes], receive: Receive, send: Send) -> None:
         self._receive, self._send = receive, send
         self.status = 0  # of the answer, once that has begun
-        self.body_open = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"  # more to come
+        self.body_unread = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
         self._expects_100 = b"expect" in headers
 
     async def receive(self) -> Message:
         message = await self._receive()
-        self.body_open = message.get("more_body", False)
+        self.body_unread = message.get("more_body", False)
         return message
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            if self.body_open and not self._expects_100:  # a client that waits for 100 sends nothing (RFC 9110, 10.1.1)
-                await self._drain(0.1, SMALL_BODY)
-            self.status = message["status"]
-            self._add_headers(message["headers"])
-        elif self.body_open and not message.get("more_body", False):
-            await self._send({**message, "more_body": True})  # the last bytes of the answer, but not its end
-            await self._drain(DRAIN_SECONDS, DRAIN_BYTES)
-            message = {"type": "http.response.body"}
-        await self._send(message)
+            await self._start(message)
+        elif self.body_unread and not message.get("more_body", False):
+            await self._end(message)
+        else:
+            await self._send(message)
 
-    def _add_headers(self, headers: list[tuple[bytes, bytes]]) -> None:
+    async def _start(self, message: Message) -> None:
+        if self.body_unread and not self._expects_100:  # a client that waits for 100 sends nothing (RFC 9110, 10.1.1)
+            await self._drain(0.1, SMALL_BODY)
+        self.status, headers = message["status"], message["headers"]
         if b"cache-control" not in dict(headers):
             headers.append((b"cache-control", b"no-store"))
-        if self.body_open:
+        if self.body_unread:
             headers.append((b"connection", b"close"))
         headers += [(b"x-request-id", request_id_of_context.get().encode()),
                     (b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY")]
+        await self._send(message)
+
+    async def _end(self, message: Message) -> None:
+        """Sends the last bytes of the answer at once, but its end, at which uvicorn closes, only after the drain."""
+        await self._send({**message, "more_body": True})
+        await self._drain(DRAIN_SECONDS, DRAIN_BYTES)
+        await self._send({"type": "http.response.body"})
 
     async def _drain(self, seconds: float, most: int) -> None:
         drained = 0
         with contextlib.suppress(TimeoutError, asyncio.CancelledError):  # uvicorn cancels when the grace is over
             async with asyncio.timeout(seconds):
-                while self.body_open and drained < most:
+                while self.body_unread and drained < most:
                     drained += len((await self.receive()).get("body", b""))
 
 
 # The service and its dependencies
 
-
 class Service:
     """What the routes work with; made by the lifespan, found by `service_of`."""
-
     def __init__(self, settings: Settings, storage: Storage | None, pipeline: "Pipeline | None") -> None:
         self.settings = settings
         self.db, self.storage = open_stores(settings, storage)
@@ -448,7 +447,6 @@ def service_of(request: Request) -> Service:
 
 class SessionBearer(OAuth2PasswordBearer):
     """The user of the access token: its signature is checked first, then that its session still stands."""
-
     async def __call__(self, request: Request) -> User:  # type: ignore[override]
         token = await super().__call__(request)
         if token is None:
@@ -520,7 +518,6 @@ async def read_fields(request: Request, model: type[BaseModel]) -> Any:
 
 class MultipartFile(MultipartParser):
     """A multipart/form-data body (RFC 7578), whose part `file` goes to an Incoming as it comes."""
-
     def __init__(self, content_type: str | None, incoming: Incoming) -> None:
         media_type, options = parse_options_header(content_type)
         if media_type != b"multipart/form-data":
@@ -534,7 +531,8 @@ class MultipartFile(MultipartParser):
             "on_header_value": lambda data, start, end: self._headers[bytes(self._header_name)].extend(data[start:end]),
             "on_headers_finished": self._on_headers_finished},
             max_header_count=SMALL_BODY, max_header_size=SMALL_BODY)  # as `receive_file` bounds them together
-        # The parser knows no preamble (RFC 2046, 5.1.1): it is dropped as the content of this part, which has no name.
+        # The parser knows no preamble (RFC 2046, 5.1.1): this part without headers takes it, and is dropped. Its last
+        # line break belongs to the boundary with which the body begins.
         self.write(b"--" + options.get(b"boundary", b"") + b"\r\n\r\n\r\n")
 
     def _on_headers_finished(self) -> None:
@@ -546,7 +544,7 @@ class MultipartFile(MultipartParser):
             return
         filename = shown_filename(decoded_filename(options))
         if not filename or self._incoming.filename:
-            raise validation_error("There has to be one part named file, with a filename.", "body", "file")
+            raise unprocessable("There has to be one part named file, with a filename.", "body", "file")
         self._incoming.filename = filename
         self._incoming.media_type = MEDIA_TYPES.get(filename[filename.rfind("."):].lower(), "")
         if not self._incoming.media_type:
@@ -593,7 +591,7 @@ async def receive_file(request: Request, incoming: Incoming) -> None:
     if form.state != MultipartState.END:
         raise FormParserError
     if not incoming.size:
-        raise validation_error("There is no part named file, or it is empty.", "body", "file")
+        raise unprocessable("There is no part named file, or it is empty.", "body", "file")
 
 
 # Processing
@@ -621,7 +619,6 @@ class Workers:
     """Runs queued documents. The queue is in the database, so any server process may run what another was asked to.
     What a pipeline raises makes its document FAILED. When the file can't be opened, or the database fails, the lease of
     the run ends, as if the process had died."""
-
     def __init__(self, service: Service, pipeline: Pipeline) -> None:
         self._db, self._storage, self._settings = service.db, service.storage, service.settings
         self._pipeline = pipeline
@@ -669,11 +666,11 @@ class Workers:
         def progress(percent: int, message: str) -> None:
             percent = max(0, min(int(percent), 99))
             try:
-                self._write(self._db.record_progress, run_id, document.document_id, percent, message)
+                self._wait_for(self._db.record_progress, run_id, document.document_id, percent, message)
             except (sqlite3.Error, OSError) as failure:  # no fault of the pipeline, and no harm: it is only logged
                 log_event("storage_error", logging.ERROR, failure=failure)
 
-        file = self._storage.open(document.document_id)  # not in the `try`: a storage that is away fails no document
+        file = self._storage.open(document.document_id)  # not in the `try`: as if interrupted, if the storage is away
         try:
             with file:
                 result = json.dumps(self._pipeline(file, document, progress), allow_nan=False)
@@ -683,13 +680,13 @@ class Workers:
             damaged = isinstance(failure, BadDocument)
             code = "damaged_document" if damaged else "pipeline_error"
             message = str(failure) if damaged else f"Processing failed: {type(failure).__name__}."
-            self._write(self._db.fail, run_id, document.document_id, code, message, not damaged)
+            self._wait_for(self._db.fail, run_id, document.document_id, code, message, not damaged)
             log_run("process_failed", document, start, failure=failure, error=code)
         else:
-            self._write(self._db.complete, run_id, document.document_id, result)
+            self._wait_for(self._db.complete, run_id, document.document_id, result)
             log_run("process_completed", document, start)
 
-    def _write(self, write: Callable[..., Coroutine[Any, Any, None]], *values: Any) -> None:
+    def _wait_for(self, write: Callable[..., Coroutine[Any, Any, None]], *values: Any) -> None:
         """Waits, in a worker's thread, until the write is on disk. Raises RunEnded when the grace is over."""
         if time.monotonic() > self._grace_end:
             raise RunEnded
@@ -725,7 +722,7 @@ async def upload(request: Request) -> Response:
     service = service_of(request)
     idempotency_key = request.headers.get("idempotency-key")
     if idempotency_key is not None and not re.fullmatch(IDEMPOTENCY_KEY, idempotency_key):
-        raise validation_error("Use 1 to 128 visible ASCII characters.", "header", "Idempotency-Key")
+        raise unprocessable("Use 1 to 128 visible ASCII characters.", "header", "Idempotency-Key")
     incoming = Incoming(service.storage, str(uuid.UUID(bytes=service.random.randbytes(16), version=4)))
     service.open_uploads += 1
     try:
@@ -749,12 +746,14 @@ async def upload(request: Request) -> Response:
     elif document.sha256 == incoming.sha256.hexdigest():
         headers["Idempotency-Replayed"] = "true"
     else:
-        raise validation_error("It was for another file.", "header", "Idempotency-Key", code="idempotency_key_reused")
+        raise unprocessable("It was for another file.", "header", "Idempotency-Key", code="idempotency_key_reused")
     return Response(DocumentOut.model_validate(document).model_dump_json(), 201, headers, "application/json")
 
 
-documents.route("/documents/upload", ["POST"])(upload)  # the route that serves: a sixth faster; it adds no prefix
-documents.post(  # the route that documents: FastAPI's, which is never reached
+# A route of Starlette serves the uploads, at less cost; that is why `upload` checks the token itself. FastAPI's route
+# for the same path is never reached: it is there for /docs.
+documents.routes.append(Route("/documents/upload", upload, methods=["POST"]))
+documents.post(
     "/upload", summary="Upload a PDF or DOCX", status_code=201, response_model=DocumentOut,
     dependencies=[Depends(signed_in)], openapi_extra={
         "parameters": [{"name": "Idempotency-Key", "in": "header", "required": False, "description": "one for a file",
@@ -918,9 +917,9 @@ async def refresh(request: Request) -> Tokens:
     except auth.InvalidToken:
         raise Problem("invalid_grant") from None
     session = await service.db.rotate(claims.sid, claims.sub, claims.jti)
-    if session is None:  # the session has ended; or this is an old token, which may be stolen, so it ends now
-        if username := await service.db.end_session(claims.sid, claims.sub):
-            log_event("token_reused", logging.WARNING, user=username, client=request.state.client)
+    if session and session.is_reused:
+        log_event("token_reused", logging.WARNING, user=session.username, client=request.state.client)
+    if session is None or session.is_reused:
         raise Problem("invalid_grant")
     request.state.username = session.username
     return tokens_of(service, session)
@@ -967,7 +966,7 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
     return FastAPI(
         title="Document Lifecycle API", version="1.0.0", description=DESCRIPTION,
         lifespan=lambda _: running_service(settings or Settings.from_environment(os.environ), storage, pipeline),
-        redirect_slashes=False, redoc_url=None, telemetry={"tracing": False, "metrics": False, "logs": False},  # unused
+        redirect_slashes=False, redoc_url=None, telemetry={"tracing": False, "metrics": False, "logs": False},
         exception_handlers={HTTPException: raise_again, RequestValidationError: raise_again},
         middleware=[Middleware(RequestMiddleware)],
         routes=[*documents.routes, *sessions.routes, *health.routes])  # `include_router` matches each path twice
@@ -1030,8 +1029,8 @@ async def follow_uvicorn(service: Service) -> None:
 
 
 def set_socket_options(server: uvicorn.Server, idle_seconds: float) -> None:
-    """Connections inherit these options (tcp(7)). Without TCP_NODELAY, which asyncio leaves out when uvicorn runs
-    several workers, answers may wait 40 ms. TCP_USER_TIMEOUT ends a connection whose client takes nothing."""
+    """Connections inherit them (tcp(7)). Without TCP_NODELAY, which asyncio leaves out when uvicorn runs several
+    workers, answers may wait 40 ms. TCP_USER_TIMEOUT ends a connection whose client takes nothing."""
     for listening in [sock for each in server.servers for sock in each.sockets]:
         with contextlib.suppress(OSError, AttributeError):  # a Unix socket; macOS has no TCP_USER_TIMEOUT
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -1039,7 +1038,6 @@ def set_socket_options(server: uvicorn.Server, idle_seconds: float) -> None:
 
 
 # Commands
-
 
 def main(storage: Storage | None = None) -> int:
     """The command line: users, and a check of the files. The server is `uvicorn main:app`."""

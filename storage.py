@@ -33,7 +33,6 @@ class BadDocument(Exception):
 class Storage(Protocol):
     """A flat store of immutable objects. A key has 1 to 64 letters, digits and hyphens; the server makes it and never
     uses it twice. Whatever goes wrong is an OSError. Several threads and processes may use a storage at once."""
-
     def create(self, key: str) -> BinaryIO:
         """A new file to write, seek and read. It is not visible in the store until `publish`."""
 
@@ -58,7 +57,6 @@ class Storage(Protocol):
 
 class LocalStorage:
     """`Storage` in one folder of a local disk: the file `<key>`, or `<key>.part` before `publish`."""
-
     def __init__(self, folder: Path) -> None:
         self._folder = os.fspath(folder)
         make_folder(folder)
@@ -123,7 +121,6 @@ def fsync_folder(folder: str | Path) -> None:
 class Incoming:
     """One file on its way into the storage. Its start is checked when START_BYTES, or all, have come. `feed` never
     blocks; the other methods wait for the storage, so they are called in a thread. One call at a time."""
-
     def __init__(self, storage: Storage, key: str) -> None:
         self.key, self.size = key, 0
         self.filename = self.media_type = ""  # to be set before the first `feed`
@@ -189,8 +186,7 @@ ONE_CHECK = threading.Lock()  # held while an upload's DOCX is checked: each thr
 
 
 class BoundedReads:
-    """Cuts each read at MAX_DIRECTORY: zipfile refuses a larger directory. (With read(-1) it reads 64 KiB at most.)"""
-
+    """Cuts reads at MAX_DIRECTORY, so that zipfile refuses a larger directory. (Its `read()` is of 64 KiB at most.)"""
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.seek, self.tell, self.seekable = file, file.seek, file.tell, file.seekable
 
