@@ -1,11 +1,10 @@
 """Every line of SQL: users and sessions, the life of a document, and the queue, which is the documents table itself.
 
 One thread writes, the committer. It puts all writes that wait into one transaction (group commit), so that they share
-its fsyncs. Methods marked with `write` are awaited, all in one event loop. The others read over a second connection,
-which never waits for writers (WAL)."""
+its fsyncs. Methods marked with `write` return a Write, to wait for. The others read over a second connection, which
+never waits for writers (WAL)."""
 import asyncio
 import contextlib
-import copy
 import fcntl
 import functools
 import json
@@ -15,11 +14,12 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
 from datetime import datetime, timezone
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -101,7 +101,7 @@ class Session(NamedTuple):
     refresh_jti: str  # of the current refresh token
     rotated_at: float  # when that token was issued
     previous_jti: str | None = None  # of the refresh token before it
-    is_reused: bool = False  # an older refresh token was used, so the session has ended now
+    ended_by_reuse: bool = False  # of a refresh token that was replaced
 
 
 class Document(NamedTuple):
@@ -138,32 +138,35 @@ def first_row(make: Callable[..., T], rows: sqlite3.Cursor) -> T | None:
     return make(*row) if row else None
 
 
-class Write:
-    """A call of a method marked with `write`, on its way to the disk."""
-    def __init__(self, operation: Callable[[], Any]) -> None:
+class Write(Future[T]):
+    """A call of a method marked with `write`, on its way to the disk. A coroutine awaits it. A thread takes its
+    `result()`, which needs no event loop."""
+    def __init__(self, operation: Callable[[], T]) -> None:
+        super().__init__()
         self.operation = operation
-        self.loop = asyncio.get_running_loop()
-        self.ended = asyncio.Event()  # set in this loop once the transaction has ended, with one of these two:
-        self.outcome: Any = None
-        self.failure: BaseException | None = None
+        self.outcome: Any = None  # of the operation; it becomes the result once it is on disk
+        self.ended = asyncio.Event()  # what coroutines wait for
 
+    def __await__(self) -> Generator[Any, None, T]:
+        return self._on_disk().__await__()
 
-def write(method: Callable[Concatenate["Database", P], T]
-          ) -> Callable[Concatenate["Database", P], Coroutine[Any, Any, T]]:
-    """Makes a coroutine function of the method, which the committer runs in a transaction. The outcome comes once it is
-    on disk. Raises InDoubt after WRITE_SECONDS; the write goes on then, as it does when the coroutine is cancelled."""
-    @functools.wraps(method)
-    async def submit(self: "Database", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        new = Write(functools.partial(method, self, *args, **kwargs))
-        self._submitted.put(new)
+    async def _on_disk(self) -> T:
+        """Raises InDoubt after WRITE_SECONDS; the write goes on then, as it does when the coroutine is cancelled."""
         try:
             async with asyncio.timeout(WRITE_SECONDS):
-                await new.ended.wait()
+                await self.ended.wait()
         except TimeoutError:
             raise InDoubt("the write took too long") from None
-        if new.failure:
-            raise new.failure
-        return cast(T, new.outcome)
+        return self.result()
+
+
+def write(method: Callable[Concatenate["Database", P], T]) -> Callable[Concatenate["Database", P], Write[T]]:
+    """Lets the committer run the method in a transaction."""
+    @functools.wraps(method)
+    def submit(self: "Database", /, *args: P.args, **kwargs: P.kwargs) -> Write[T]:
+        new = Write(functools.partial(method, self, *args, **kwargs))
+        self._submitted.put(new)
+        return new
     return submit
 
 
@@ -172,7 +175,8 @@ class Database:
         """Opens or creates the file. Each commit comes after a `sync` of the storage; `keys` lists the stored files.
         Raises ValueError when the database is not ours or was lost; sqlite3.Error; OSError."""
         self._sync, self._keys = sync, keys
-        self._submitted: SimpleQueue[Write] = SimpleQueue()
+        self.loop: asyncio.AbstractEventLoop | None = None  # of the coroutines that await writes
+        self._submitted: SimpleQueue[Write[Any]] = SimpleQueue()
         self._lock_path = path.with_name(path.name + ".lock")
         with self.lock():
             is_new = self._is_new(path)
@@ -209,12 +213,10 @@ class Database:
             finally:
                 fcntl.flock(lock_file, fcntl.LOCK_UN)  # closing is not enough: a forked child may have it open too
 
-    async def close(self) -> None:
-        """Closes the connections, under the lock, when all submitted writes have ended. After a second, leaves them."""
+    def close(self) -> None:
+        """Closes the connections when all submitted writes have ended; leaves them open if that takes over a second."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(1):
-                with contextlib.suppress(sqlite3.Error, OSError):
-                    await self.check_writable()  # this write ends after those that were submitted before it
+            self.check_writable().exception(timeout=1)  # this write ends after those that were submitted before it
             with self.lock():  # since closing a connection checkpoints too
                 self._reader.close()
                 self._writer.close()
@@ -222,16 +224,16 @@ class Database:
     # The committer
 
     def _commit_forever(self) -> None:
-        batch: list[Write] = []
+        batch: list[Write[Any]] = []
         while True:
             batch = self._next_batch(len(batch))
             self._commit(batch)
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                # One call for the batch, as one for each write would slow down small uploads.
-                batch[0].loop.call_soon_threadsafe(self._wake, batch)
+                if self.loop:  # one call for the batch, as one for each write would slow down small uploads
+                    self.loop.call_soon_threadsafe(self._wake, batch)
 
-    def _next_batch(self, last_size: int) -> list[Write]:
-        """Waits for a write. Then up to 50 ms for as many more as the last batch had, as clients that were answered
+    def _next_batch(self, last_size: int) -> list[Write[Any]]:
+        """Waits for a write. Then up to 50 ms until the batch is as large as the last, as clients that were answered
         together write together again. It gives up when none has come for 6 ms."""
         batch = [self._submitted.get()]
         deadline = time.monotonic() + 0.05
@@ -242,12 +244,12 @@ class Database:
         return batch
 
     @staticmethod
-    def _wake(batch: list[Write]) -> None:
+    def _wake(batch: list[Write[Any]]) -> None:
         """Lets the coroutines that wait for these writes go on. It runs in their event loop."""
         for pending in batch:
             pending.ended.set()
 
-    def _commit(self, batch: list[Write]) -> None:
+    def _commit(self, batch: list[Write[Any]]) -> None:
         """Makes the files durable, then the rows, all in one transaction. When the COMMIT itself fails, the rows may be
         stored or not: InDoubt. (Only if the disk was full, they are certainly not stored.)"""
         in_doubt = False
@@ -263,10 +265,14 @@ class Database:
             if in_doubt and getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL:
                 error = InDoubt(str(error))
             for pending in batch:
-                if not pending.failure:  # each gets an exception of its own, as `raise` lengthens the traceback
-                    pending.failure = copy.copy(error)
+                if not pending.done():
+                    pending.set_exception(error)
+        else:
+            for pending in batch:
+                if not pending.done():
+                    pending.set_result(pending.outcome)
 
-    def _apply(self, pending: Write) -> None:
+    def _apply(self, pending: Write[Any]) -> None:
         """Runs the operation of one write. If it fails, it is undone alone, and the others of its batch go on."""
         self._writer.execute("SAVEPOINT operation")
         try:
@@ -275,7 +281,7 @@ class Database:
             if not self._writer.in_transaction:  # SQLite has rolled back the whole batch, as when the disk is full
                 raise
             self._writer.execute("ROLLBACK TO operation")
-            pending.failure = error
+            pending.set_exception(error)
         self._writer.execute("RELEASE operation")  # also after ROLLBACK TO, which keeps the savepoint
 
     @write
@@ -353,23 +359,22 @@ class Database:
 
     @write
     def rotate(self, session_id: str, user_id: str, used_jti: str) -> Session | None:
-        """Exchanges the refresh token with this `jti`. None when its session has ended."""
+        """Exchanges the refresh token with this `jti`, or ends its session. None when the session had ended before."""
         session = first_row(Session, self._writer.execute(
             "SELECT session_id, user_id, username, expires_at, refresh_jti, rotated_at, previous_jti"
             " FROM sessions JOIN users USING (user_id) WHERE session_id = ? AND user_id = ?", (session_id, user_id)))
-        now = time.time()
         if session is None:
             return None
         if used_jti == session.refresh_jti:  # the current token: it gets a successor
-            new = session._replace(refresh_jti=str(uuid.uuid4()), rotated_at=now)
+            new = session._replace(refresh_jti=str(uuid.uuid4()), rotated_at=time.time())
             self._writer.execute(
                 "UPDATE sessions SET refresh_jti = ?, rotated_at = ?, previous_jti = ? WHERE session_id = ?",
-                (new.refresh_jti, now, used_jti, session_id))
+                (new.refresh_jti, new.rotated_at, used_jti, session_id))
             return new
-        if used_jti == session.previous_jti and abs(now - session.rotated_at) < REFRESH_GRACE:
+        if used_jti == session.previous_jti and abs(time.time() - session.rotated_at) < REFRESH_GRACE:
             return session  # used again by another tab, or after a lost answer: it gets the same successor
         self._writer.execute("DELETE FROM sessions WHERE session_id = ?", (session_id,))  # it may be stolen
-        return session._replace(is_reused=True)
+        return session._replace(ended_by_reuse=True)
 
     @write
     def end_session(self, session_id: str, user_id: str) -> str | None:
@@ -404,10 +409,9 @@ class Database:
         if status:
             where += " AND status = ?"
             values.append(status)
-        rows = self._reader.execute(
+        return [Document(*row) for row in self._reader.execute(
             f"SELECT {COLUMNS} FROM documents WHERE {where} ORDER BY created_at DESC, document_id DESC LIMIT ?",
-            (*values, limit))
-        return [Document(*row) for row in rows]
+            (*values, limit))]
 
     def compare_files(self) -> tuple[list[str], list[str]]:
         """Keys of files without a document, and ids of documents without a file, but for what changes just now."""
@@ -428,8 +432,8 @@ class Database:
 
     def deleted_files(self) -> list[str]:
         """Some ids whose files are to go, at random, so that a file that can't be removed holds up no others."""
-        rows = self._reader.execute("SELECT document_id FROM deleted_files ORDER BY random() LIMIT 1000")
-        return [document_id for (document_id,) in rows]
+        return [document_id for (document_id,) in self._reader.execute(
+            "SELECT document_id FROM deleted_files ORDER BY random() LIMIT 1000")]
 
     @write
     def forget_file(self, document_id: str) -> None:
