@@ -346,10 +346,10 @@ class RequestMiddleware:
 
 
 class Exchange:
-    """`receive` and `send` for the app. What the app leaves of a body is read and thrown away, as a client that still
-    sends while the connection is closed may lose the answer (RFC 9112, 9.6). Up to 64 KiB, if they come at once, are
-    read before the answer, and the connection stays open. A longer rest is read after the answer, which says
-    `Connection: close`; then uvicorn closes."""
+    """`receive` and `send` for the app. A client that still sends while the connection is closed may lose the answer
+    (RFC 9112, 9.6). So what the app leaves of a body is read and thrown away: up to 64 KiB, within 0.1 s, before the
+    answer. If there is more, the answer says `Connection: close`, and up to DRAIN_BYTES, within DRAIN_SECONDS, are read
+    between its content and its end, at which uvicorn closes."""
     def __init__(self, headers: Mapping[bytes, bytes], receive: Receive, send: Send) -> None:
         self._receive, self._send = receive, send
         self.status = 0  # of the answer, once that has begun
@@ -382,7 +382,6 @@ class Exchange:
         await self._send(message)
 
     async def _end(self, message: Message) -> None:
-        """Sends the last bytes of the answer at once, but its end, at which uvicorn closes, only after the drain."""
         await self._send({**message, "more_body": True})
         await self._drain(DRAIN_SECONDS, DRAIN_BYTES)
         await self._send({"type": "http.response.body"})
@@ -524,18 +523,21 @@ class MultipartFile(MultipartParser):
         media_type, options = parse_options_header(content_type)
         if media_type != b"multipart/form-data":
             raise Problem("unsupported_media_type", "Send multipart/form-data with a part named file.")
+        boundary = options.get(b"boundary")
+        if not boundary:
+            raise FormParserError("no boundary")
         self._incoming = incoming
         self._header_name = bytearray()
         self._headers: defaultdict[bytes, bytearray] = defaultdict(bytearray)  # of the part: values by name
-        super().__init__(options.get(b"boundary", b""), {
+        super().__init__(boundary, {
             "on_part_begin": self._headers.clear, "on_header_begin": self._header_name.clear,
             "on_header_field": lambda data, start, end: self._header_name.extend(data[start:end].lower()),
             "on_header_value": lambda data, start, end: self._headers[bytes(self._header_name)].extend(data[start:end]),
             "on_headers_finished": self._on_headers_finished},
             max_header_count=SMALL_BODY, max_header_size=SMALL_BODY)  # as `receive_file` bounds them together
-        # The parser knows no preamble (RFC 2046, 5.1.1): this part without headers takes it, and is dropped. Its last
-        # line break belongs to the boundary with which the body begins.
-        self.write(b"--" + options.get(b"boundary", b"") + b"\r\n\r\n\r\n")
+        # The parser knows no preamble (RFC 2046, 5.1.1). It finds it in this part, which has no headers and is dropped.
+        # The last line break is the one before the boundary that ends the preamble, or begins the body.
+        self.write(b"--" + boundary + b"\r\n\r\n\r\n")
 
     def _on_headers_finished(self) -> None:
         self.set_callback("part_data", None)  # what parts other than the file hold is dropped

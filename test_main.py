@@ -885,6 +885,7 @@ HOSTILE: dict[str, tuple[bytes, Expected]] = {
         **{f"Content-Type: {media_type[:40]}": sent(WHOLE, Content_Type=media_type) for media_type in (
             "multipart/form-data", "multipart/form-data; boundary=", "multipart/form-data; boundary=c",
             "multipart/form-data; boundary=" + "b" * 300)},
+        "boundary of two hyphens": sent(WHOLE.replace(b"--b", b"--"), Content_Type="multipart/form-data; boundary="),
         "no body": sent(b""), "not closed": sent(part()), "ends in the header": sent(part()[:40]),
         "header of 100 KB": sent(part(disposition=b"form-data; name=" + b"x" * 100_000) + b"--b--"),
         "header name of 100 KB": sent(b"--b\r\n" + b"x" * 100_000 + b": y\r\n\r\n"),
