@@ -214,7 +214,7 @@ class Database:
                 fcntl.flock(lock_file, fcntl.LOCK_UN)  # closing is not enough: a forked child may have it open too
 
     def close(self) -> None:
-        """Closes the connections when all submitted writes have ended; leaves them open if that takes over a second."""
+        """Closes the connections, under the lock, when all writes have ended, unless those take over a second."""
         with contextlib.suppress(TimeoutError):
             self.check_writable().exception(timeout=1)  # this write ends after those that were submitted before it
             with self.lock():  # since closing a connection checkpoints too
@@ -441,10 +441,10 @@ class Database:
 
     def result(self, document_id: str) -> str | None:
         """The document's state and what the pipeline returned, as a JSON object; None unless it is COMPLETED."""
-        return first_row(str, self._reader.execute(
-            "SELECT json_object('document_id', document_id, 'status', status, 'completed_at', finished_at,"
-            " 'result', json(result)) FROM results JOIN documents USING (document_id) WHERE document_id = ?",
-            (document_id,)))
+        return first_row(str, self._reader.execute(  # the result is text here: SQLite's json() nests less than Python's
+            "SELECT rtrim(json_object('document_id', document_id, 'status', status, 'completed_at', finished_at), '}')"
+            " || ', \"result\": ' || result || '}' FROM results JOIN documents USING (document_id)"
+            " WHERE document_id = ?", (document_id,)))
 
     # The queue: PROCESSING without a run_id waits for a worker
 
@@ -487,7 +487,7 @@ class Database:
         self._update_run(
             run_id, document_id, "status = 'COMPLETED', run_id = NULL, progress = 100, message = 'completed',"
             " finished_at = ?", utc_now())
-        self._writer.execute("INSERT INTO results VALUES (?, json(?))", (document_id, result))
+        self._writer.execute("INSERT INTO results VALUES (?, ?)", (document_id, result))
 
     @write
     def fail(self, run_id: str, document_id: str, code: str, message: str, retryable: bool) -> None:

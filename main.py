@@ -476,7 +476,7 @@ def own_document(request: Request, user: User, document_id: uuid.UUID) -> Docume
 # Bodies and uploads
 
 UPLOAD_SECONDS = 3600.0
-# Bytes in memory: when a chunk comes, an upload writes what it holds, if that is its share of these two or more.
+# Bytes in memory: when a chunk comes, an upload that holds HELD_BY_ONE, or its share of HELD_BY_ALL, writes them.
 HELD_BY_ONE, HELD_BY_ALL = 2 * 2**20, 24 * 2**20
 
 
@@ -535,8 +535,8 @@ class MultipartFile(MultipartParser):
             "on_header_value": lambda data, start, end: self._headers[bytes(self._header_name)].extend(data[start:end]),
             "on_headers_finished": self._on_headers_finished},
             max_header_count=SMALL_BODY, max_header_size=SMALL_BODY)  # as `receive_file` bounds them together
-        # The parser knows no preamble (RFC 2046, 5.1.1). It finds it in this part, which has no headers and is dropped.
-        # The last line break is the one before the boundary that ends the preamble, or begins the body.
+        # The parser knows no preamble (RFC 2046, 5.1.1). After `--boundary CRLF CRLF` it takes one for the content of a
+        # part without headers, which is dropped. The third CRLF lets the body begin with a boundary.
         self.write(b"--" + boundary + b"\r\n\r\n\r\n")
 
     def _on_headers_finished(self) -> None:
@@ -707,10 +707,10 @@ ERRORS: dict[int | str, dict[str, Any]] = {"default": {
 
 
 class UploadRoute(APIRoute):
-    """Does by hand what FastAPI would do for `upload`, at 5 % less CPU for a small upload."""
+    """Calls its endpoint with the request and the user, as FastAPI would, but at 5 % less CPU for a small upload."""
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         async def handle(request: Request) -> Response:
-            return await upload(request, user=await signed_in(request))
+            return cast(Response, await self.endpoint(request, user=await signed_in(request)))
         return handle
 
 
@@ -966,9 +966,9 @@ def create_app(settings: Settings | None = None, *, storage: Storage | None = No
     if not logging.getLogger().handlers:  # else somebody configured it: gunicorn, `--log-config` with a root logger
         logging.config.dictConfig(LOGGING)
     return FastAPI(
-        title="Document Lifecycle API", version="1.0.0", description=DESCRIPTION,
+        title="Document Lifecycle API", version="1.0.0", description=DESCRIPTION, redoc_url=None,
         lifespan=lambda _: running_service(settings or Settings.from_environment(os.environ), storage, pipeline),
-        redirect_slashes=False, redoc_url=None, telemetry={"tracing": False, "metrics": False, "logs": False},
+        redirect_slashes=False, telemetry={"tracing": False, "metrics": False, "logs": False},  # nobody collects it
         exception_handlers={HTTPException: raise_again, RequestValidationError: raise_again},
         middleware=[Middleware(RequestMiddleware)],
         # Not by `include_router`, which would match each path twice.
