@@ -161,7 +161,7 @@ class Write(Future[T]):
 
 
 def write(method: Callable[Concatenate["Database", P], T]) -> Callable[Concatenate["Database", P], Write[T]]:
-    """Lets the committer run the method in a transaction."""
+    """A call only submits the method: the committer runs its body, in a transaction, with the connection `_writer`."""
     @functools.wraps(method)
     def submit(self: "Database", /, *args: P.args, **kwargs: P.kwargs) -> Write[T]:
         new = Write(functools.partial(method, self, *args, **kwargs))
@@ -443,7 +443,7 @@ class Database:
         """The document's state and what the pipeline returned, as a JSON object; None unless it is COMPLETED."""
         return first_row(str, self._reader.execute(  # the result is text here: SQLite's json() nests less than Python's
             "SELECT rtrim(json_object('document_id', document_id, 'status', status, 'completed_at', finished_at), '}')"
-            " || ', \"result\": ' || result || '}' FROM results JOIN documents USING (document_id)"
+            " || ',\"result\":' || result || '}' FROM results JOIN documents USING (document_id)"
             " WHERE document_id = ?", (document_id,)))
 
     # The queue: PROCESSING without a run_id waits for a worker
