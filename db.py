@@ -234,13 +234,13 @@ class Database:
 
     def _next_batch(self, last_size: int) -> list[Write[Any]]:
         """Waits for a write. Then up to 50 ms until the batch is as large as the last, as clients that were answered
-        together write together again. It gives up when none has come for 6 ms."""
+        together write together again. It gives up when none has come for 15 ms."""
         batch = [self._submitted.get()]
         deadline = time.monotonic() + 0.05
         with contextlib.suppress(queue.Empty):
             while True:
                 may_wait = len(batch) < last_size and time.monotonic() < deadline
-                batch.append(self._submitted.get(may_wait, timeout=0.006))
+                batch.append(self._submitted.get(may_wait, timeout=0.015))
         return batch
 
     @staticmethod
