@@ -322,7 +322,7 @@ class RequestMiddleware:
         sent_id = re.fullmatch(rb"[A-Za-z0-9._-]{1,64}", headers.get(b"x-request-id", b""))
         request_id_of_context.set(sent_id[0].decode() if sent_id else service_of(request).random.randbytes(16).hex())
         exchange = Exchange(headers, receive, send)
-        # Names that no route has may hold a secret, so they are neither looked up nor logged.
+        # A path or method that no route has may hold a secret: it is not logged, and such a path is not even looked up.
         path = re.fullmatch("/[A-Za-z0-9_/.-]{,200}", scope["path"].removeprefix(scope["root_path"]))
         method = re.fullmatch("[A-Z]{1,9}", scope["method"])
         try:
@@ -675,7 +675,7 @@ class Workers:
             except (sqlite3.Error, OSError) as failure:  # no fault of the pipeline, and no harm: it is only logged
                 log_event("storage_error", logging.ERROR, failure=failure)
 
-        file = self._storage.open(document.document_id)  # not in the `try`: as if interrupted, if the storage is away
+        file = self._storage.open(document.document_id)  # not in the `try`: a failure here counts as an interruption
         try:
             with file:
                 result = json.dumps(self._pipeline(file, document, progress), allow_nan=False)

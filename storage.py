@@ -186,7 +186,7 @@ ONE_CHECK = threading.Lock()  # held while an upload's DOCX is checked: each thr
 
 
 class BoundedReads:
-    """Cuts reads at MAX_DIRECTORY, so that zipfile refuses a larger directory. (Its `read()` is of 64 KiB at most.)"""
+    """Cuts reads at MAX_DIRECTORY, so that zipfile refuses a larger directory. It calls `read()` for 64 KiB at most."""
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.seek, self.tell, self.seekable = file, file.seek, file.tell, file.seekable
 

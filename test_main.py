@@ -1103,7 +1103,7 @@ def test_file_names_are_taken_as_real_clients_send_them(
     (bytes(70_000) + b"\r\n" + part() + END, None, "too_large"), (part() + END, "gzip", "unsupported_media_type")],
     ids=itertools.count())
 def test_multipart_is_as_rfc_2046_allows(client: httpx.Client, body: bytes, encoding: str | None, outcome: str) -> None:
-    encodings = encoding and f"{encoding}\r\nContent-Encoding: identity"
+    encodings = encoding and f"{encoding}\r\nContent-Encoding: Identity"
     answer = exchange(client, sent(body, Content_Encoding=encodings))[2]
     assert answer.get("code", answer.get("status")) == outcome
     for path in ("/auth/login", f"{NOBODYS}/process"):
